@@ -1,0 +1,196 @@
+r"""How far a careful implementation may be from the reference, element by element.
+
+Judged is an implementation that accumulates in a type of unit roundoff u (float32 for inputs of
+float16, bfloat16 and float32; float64 for float64) and rounds each result to the dtype it
+returns, of unit roundoff u_o. The rules of the derivation:
+
+(a) fl(a op b) = (a op b)(1 + d), abs(d) <= u. Higham, Accuracy and Stability of Numerical
+    Algorithms (2002), (2.4). Everything below is to first order in u.
+(b) A sum of n terms costs h u sum|terms|. Pairwise summation has h = log2 n (Higham, (4.6)). A
+    group of R ranks adds log2 R for the sum over ranks, and 4 stand for forming a term,
+    its weight n_r / n, the division and the store: h = log2 n + log2 R + 4. Sums in blocks of
+    b values pass too: their rounding errors are not aligned and grow as sqrt(b) (Higham and
+    Mary, SIAM J. Sci. Comput. 41, 2019). One running sum over a large n is meant to fail.
+(c) Statistics of parts are merged by Chan, Golub and LeVeque (The American Statistician 37, 1983),
+    which ranks cannot avoid. Means m_a, m_b that are in error by dm shift a merged variance by
+    2 sum w abs(m_a - m_b) dm <= 2 sqrt(v) dm (Cauchy and Schwarz, for sum w (m_a - m_b)^2 <= v).
+    As dm contains u h mean|x|, this is the condition number sqrt(1 + m^2 / v) of their paper.
+(d) y and dx may be formed as written or folded into x a + c, which rounds x a and m a instead
+    of x - m: hence abs(x) + abs(m) where the formula has abs(x - m).
+
+With m, v, s = 1 / sqrt(v + eps), d = x - m, g = weight, b = bias, S = sum dy, X = sum dy d,
+k = s^2 X / n, and A = mean|x|:
+
+    m    dm = u (h A + |m|)                                                         (b), store
+    v    dv = u h v + 2 sqrt(v) dm + dm^2                      (b); (c); squares of x - m - dm
+    s    ds = (1 - dv / (v + eps))^(-1/2) - 1 + 3u              relative; add, root, reciprocal
+    y    |g| s (dm + u (|x| + 2|m|)) + |g d| s (ds + 2u) + u (|y| + |b|)                    (d)
+    S    dS = u h sum|dy|                                                                   (b)
+    X    dX = u (h + 2) sum|dy d| + |S| dm                    (b); X of m + dm is X - S dm
+    gw   s dX + |s X| (ds + u)                                          grad_weight = s X
+    k    dk = s^2 dX / n + |k| (2 ds + 4u)
+    dx   |g| s (dS / n + |d| dk + |k| dm + 4u (|dy| + |S| / n + |k| (|x| + |m|)))
+             + |dx| (ds + 3u)                                                               (d)
+    r    (1 - f) dr + f db + 2u (|(1 - f) r| + |f b|)        running statistic, f = momentum
+
+Each value is then rounded to its dtype: u_o |value| + half the smallest subnormal.
+
+The reference works in float64 and obeys the same analysis with u = 2^-53, so its own error is
+accounted for by adding 2^-53 to u: nothing for float32, a factor of 2 for float64.
+
+The bound conditions on the data: mean/std, the cancellation in y near zero and in S and X all
+enter. Intermediate overflow and underflow do not; scales from 1e-18 to 1e18 are free of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from reference.formulas import Array, column
+
+_UNIT_ROUNDOFF = {
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "float32": 2.0**-24,
+    "float64": 2.0**-53,
+}
+_SMALLEST_SUBNORMAL = {
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-133,
+    "float32": 2.0**-149,
+    "float64": 2.0**-1074,
+}
+
+
+class Bounded(NamedTuple):
+    """A value and how far from it a careful implementation may be, both of one shape."""
+
+    value: Array
+    bound: Array
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic of the implementation that is judged, given the dtype of its input."""
+
+    input_dtype: str
+
+    @property
+    def u(self) -> float:
+        """Unit roundoff of the accumulating type, plus the reference's own."""
+        accumulating = "float64" if self.input_dtype == "float64" else "float32"
+        return _UNIT_ROUNDOFF[accumulating] + _UNIT_ROUNDOFF["float64"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and biased variance, (C,) each with its bound, of n values per channel."""
+
+    mean: Bounded
+    var: Bounded
+    n: int
+
+
+class Scale(NamedTuple):
+    """s = 1 / sqrt(v + eps), and ds, its relative error."""
+
+    value: Array
+    relative: Array
+
+
+def rounded(result: Bounded, dtype: str) -> Bounded:
+    """The result after rounding to `dtype`."""
+    rounding = _UNIT_ROUNDOFF[dtype] * np.abs(result.value) + _SMALLEST_SUBNORMAL[dtype] / 2
+    return Bounded(result.value, result.bound + rounding)
+
+
+def depth(n: int, ranks: int) -> float:
+    """h of rule (b)."""
+    return math.log2(max(n, 1)) + math.log2(ranks) + 4
+
+
+def of_moments(x: Array, mean: Array, var: Array, ranks: int, u: float) -> Statistics:
+    """dm and dv, for the statistics of the (C, n) matrix x."""
+    n = x.shape[1]
+    h = depth(n, ranks)
+    dm = u * (h * np.abs(x).mean(axis=1) + np.abs(mean))
+    dv = u * h * var + 2 * np.sqrt(var) * dm + dm**2
+    return Statistics(Bounded(mean, dm), Bounded(var, dv), n)
+
+
+def of_scale(var: Bounded, eps: float, u: float) -> Scale:
+    """ds; infinite where the error of v may reach v + eps."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = var.bound / (var.value + eps)
+        relative = np.where(share < 1, 1 / np.sqrt(1 - np.minimum(share, 1)) - 1, np.inf)
+        return Scale(1 / np.sqrt(var.value + eps), relative + 3 * u)
+
+
+def of_y(
+    y: Array, x: Array, stats: Statistics, scale: Scale, weight: Array, bias: Array, u: float
+) -> Array:
+    """The bound of y before it is rounded to its dtype."""
+    mean, dm = stats.mean
+    gain = np.abs(weight) * scale.value
+    shift = column(gain) * (column(dm) + u * (np.abs(x) + 2 * column(np.abs(mean))))
+    stretch = column(gain * (scale.relative + 2 * u)) * np.abs(x - column(mean))
+    return shift + stretch + u * (np.abs(y) + column(np.abs(bias)))
+
+
+def of_sums(
+    dy: Array, x: Array, mean: Bounded, sum_dy: Array, ranks: int, u: float
+) -> tuple[Array, Array]:
+    """dS and dX."""
+    h = depth(dy.shape[1], ranks)
+    d = x - column(mean.value)
+    d_sum_dy = u * h * np.abs(dy).sum(axis=1)
+    d_sum_dy_xmu = u * (h + 2) * np.abs(dy * d).sum(axis=1) + np.abs(sum_dy) * mean.bound
+    return d_sum_dy, d_sum_dy_xmu
+
+
+def of_grad_weight(sum_dy_xmu: Bounded, scale: Scale, u: float) -> Array:
+    """The bound of grad_weight = s X before it is rounded to its dtype."""
+    value, bound = sum_dy_xmu
+    return scale.value * bound + np.abs(scale.value * value) * (scale.relative + u)
+
+
+def of_dx(
+    dx: Array,
+    dy: Array,
+    x: Array,
+    stats: Statistics,
+    scale: Scale,
+    weight: Array,
+    sum_dy: Bounded,
+    sum_dy_xmu: Bounded,
+    u: float,
+) -> Array:
+    """The bound of dx before it is rounded to its dtype; both sums are those of the group."""
+    mean, dm = stats.mean
+    n = stats.n
+    k = np.abs(scale.value**2 * sum_dy_xmu.value / n)
+    dk = scale.value**2 * sum_dy_xmu.bound / n + k * (2 * scale.relative + 4 * u)
+    rounding = (
+        4
+        * u
+        * (
+            np.abs(dy)
+            + column(np.abs(sum_dy.value) / n)
+            + column(k) * (np.abs(x) + column(np.abs(mean)))
+        )
+    )
+    inner = column(sum_dy.bound / n + k * dm) + column(dk) * np.abs(x - column(mean)) + rounding
+    return column(np.abs(weight) * scale.value) * inner + column(scale.relative + 3 * u) * np.abs(
+        dx
+    )
+
+
+def of_running(old: Bounded, batch: Bounded, momentum: float, u: float) -> Array:
+    """The bound of a running statistic before it is rounded to its dtype."""
+    kept, taken = (1 - momentum), momentum
+    rounding = 2 * u * (np.abs(kept * old.value) + np.abs(taken * batch.value))
+    return kept * old.bound + taken * batch.bound + rounding

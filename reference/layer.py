@@ -1,0 +1,220 @@
+"""One process group's SyncBatchNorm on lists of shards: values, gradients and running statistics.
+
+Shard r is what rank r of the group would be given: float64, shape (N_r, C, *S_r), with N_r and
+S_r of its own; a shard may be empty. Every result comes with its bound (reference.bounds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reference import bounds, formulas
+from reference.bounds import Bounded, Precision, Statistics
+from reference.formulas import Array
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What one rank gets from the backward pass: dx like its shard, (C,) for the parameters.
+
+    The parameter gradients are the rank's own sums; data-parallel training adds them up.
+    """
+
+    input: Bounded
+    weight: Bounded
+    bias: Bounded
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Shards that were normalized with the same statistics, side by side in one matrix."""
+
+    shapes: list[tuple[int, ...]]
+    x: Array
+    stats: Statistics
+    of_batch: bool  # whether the statistics are functions of x
+
+    @property
+    def slices(self) -> list[slice]:
+        counts = [math.prod(shape) // shape[1] for shape in self.shapes]
+        ends = np.cumsum(counts)
+        return [slice(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]
+
+
+class SyncBatchNorm:
+    """The layer of one process group, with the documented arguments and their defaults.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: as documented.
+        dtype: name of the dtype of parameters and running statistics.
+        weight, bias: (C,), ones and zeros by default.
+        running_mean, running_var: (C,) to start from, zeros and ones by default.
+        num_batches_tracked: to start from.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        dtype: str = "float32",
+        weight: Array | None = None,
+        bias: Array | None = None,
+        running_mean: Array | None = None,
+        running_var: Array | None = None,
+        num_batches_tracked: int = 0,
+    ) -> None:
+        def start(value: Array | None, default: float) -> Array:
+            return np.full(num_features, default) if value is None else np.asarray(value, float)
+
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.dtype = dtype
+        self.weight = start(weight if affine else None, 1.0)
+        self.bias = start(bias if affine else None, 0.0)
+        exact = np.zeros(num_features)
+        self.running_mean = Bounded(start(running_mean, 0.0), exact)
+        self.running_var = Bounded(start(running_var, 1.0), exact)
+        self.num_batches_tracked = num_batches_tracked
+        self._input_dtype = "float32"
+        self._passes: list[_Pass] = []
+
+    def forward(
+        self, shards: Sequence[Array], training: bool = True, dtype: str = "float32"
+    ) -> list[Bounded]:
+        """y of every shard, whose values are of the input dtype named `dtype`.
+
+        In training, the statistics are those of all shards together, and the running statistics
+        move. In eval, they are the running statistics or, if none are tracked, each shard's own.
+
+        Raises:
+            ValueError: training on exactly one value per channel, whose variance is undefined.
+        """
+        self._input_dtype = dtype
+        if training:
+            self._passes = [self._batch_pass(shards)]
+            if self.track_running_stats and self._passes[0].stats.n:
+                self._update_running(self._passes[0].stats)
+        elif self.track_running_stats:
+            running = Statistics(self.running_mean, self.running_var, n=0)
+            self._passes = [_Pass(_shapes(shards), _matrix(shards), running, of_batch=False)]
+        else:
+            self._passes = [self._batch_pass([shard], training=False) for shard in shards]
+        return [y for one in self._passes for y in self._normalize(one)]
+
+    def backward(self, grad_outputs: Sequence[Array]) -> list[Gradients]:
+        """The gradients of sum(y * grad_output) over all shards of the last forward."""
+        remaining = list(grad_outputs)
+        result = []
+        for one in self._passes:
+            taken, remaining = remaining[: len(one.shapes)], remaining[len(one.shapes) :]
+            result += self._differentiate(one, _matrix(taken))
+        return result
+
+    @property
+    def _u(self) -> float:
+        return Precision(self._input_dtype).u
+
+    def _batch_pass(self, shards: Sequence[Array], training: bool = True) -> _Pass:
+        x = _matrix(shards)
+        n = x.shape[1]
+        if training and n == 1:
+            raise ValueError("the variance of 1 value per channel is undefined")
+        if n:
+            stats = bounds.of_moments(x, *formulas.moments(x), len(shards), self._u)
+        else:
+            nothing = Bounded(np.zeros(len(x)), np.zeros(len(x)))
+            stats = Statistics(nothing, nothing, n=0)
+        return _Pass(_shapes(shards), x, stats, of_batch=True)
+
+    def _update_running(self, stats: Statistics) -> None:
+        self.num_batches_tracked += 1
+        f = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        var = formulas.unbiased(stats.var.value, stats.n)
+        var_bound = formulas.unbiased(stats.var.bound, stats.n) + 2 * self._u * var
+        self.running_mean = self._moved(self.running_mean, stats.mean, f)
+        self.running_var = self._moved(self.running_var, Bounded(var, var_bound), f)
+
+    def _moved(self, old: Bounded, batch: Bounded, momentum: float) -> Bounded:
+        value = formulas.running(old.value, batch.value, momentum)
+        bound = bounds.of_running(old, batch, momentum, self._u)
+        return bounds.rounded(Bounded(value, bound), self.dtype)
+
+    def _normalize(self, one: _Pass) -> list[Bounded]:
+        mean, var = one.stats.mean.value, one.stats.var.value
+        scale = bounds.of_scale(one.stats.var, self.eps, self._u)
+        y = formulas.normalize(one.x, mean, var, self.eps, self.weight, self.bias)
+        bound = bounds.of_y(y, one.x, one.stats, scale, self.weight, self.bias, self._u)
+        return _split(bounds.rounded(Bounded(y, bound), self._input_dtype), one)
+
+    def _differentiate(self, one: _Pass, dy: Array) -> list[Gradients]:
+        scale = bounds.of_scale(one.stats.var, self.eps, self._u)
+        inputs = _split(bounds.rounded(self._dx(one, dy, scale), self._input_dtype), one)
+        result = []
+        for part, dx in zip(one.slices, inputs, strict=True):
+            sum_dy, sum_dy_xmu = self._sums(dy[:, part], one.x[:, part], one.stats.mean, ranks=1)
+            grad_weight = Bounded(
+                scale.value * sum_dy_xmu.value,
+                bounds.of_grad_weight(sum_dy_xmu, scale, self._u),
+            )
+            result.append(
+                Gradients(
+                    dx,
+                    bounds.rounded(grad_weight, self.dtype),
+                    bounds.rounded(sum_dy, self.dtype),
+                )
+            )
+        return result
+
+    def _dx(self, one: _Pass, dy: Array, scale: bounds.Scale) -> Bounded:
+        mean, var, n = one.stats.mean.value, one.stats.var.value, max(one.stats.n, 1)
+        if one.of_batch:
+            sums = self._sums(dy, one.x, one.stats.mean, ranks=len(one.shapes))
+        else:
+            zero = Bounded(np.zeros(len(dy)), np.zeros(len(dy)))
+            sums = (zero, zero)
+        stats = Statistics(one.stats.mean, one.stats.var, n)
+        dx = formulas.input_gradient(
+            dy, one.x, mean, var, self.eps, self.weight, sums[0].value, sums[1].value, n
+        )
+        bound = bounds.of_dx(dx, dy, one.x, stats, scale, self.weight, *sums, self._u)
+        return Bounded(dx, bound)
+
+    def _sums(self, dy: Array, x: Array, mean: Bounded, ranks: int) -> tuple[Bounded, Bounded]:
+        sum_dy, sum_dy_xmu = formulas.sums(dy, x, mean.value)
+        d_sum_dy, d_sum_dy_xmu = bounds.of_sums(dy, x, mean, sum_dy, ranks, self._u)
+        return Bounded(sum_dy, d_sum_dy), Bounded(sum_dy_xmu, d_sum_dy_xmu)
+
+
+def _shapes(shards: Sequence[Array]) -> list[tuple[int, ...]]:
+    return [shard.shape for shard in shards]
+
+
+def _matrix(shards: Sequence[Array]) -> Array:
+    """Shards (N_r, C, *S_r) as one contiguous matrix (C, n)."""
+    channels = shards[0].shape[1]
+    return np.concatenate(
+        [np.moveaxis(shard, 1, 0).reshape(channels, -1) for shard in shards], axis=1
+    )
+
+
+def _split(result: Bounded, one: _Pass) -> list[Bounded]:
+    """The inverse of _matrix, for a value and its bound."""
+
+    def shard(matrix: Array, part: slice, shape: tuple[int, ...]) -> Array:
+        n, channels, *spatial = shape
+        return np.moveaxis(matrix[:, part].reshape(channels, n, *spatial), 0, 1)
+
+    return [
+        Bounded(shard(result.value, part, shape), shard(result.bound, part, shape))
+        for part, shape in zip(one.slices, one.shapes, strict=True)
+    ]

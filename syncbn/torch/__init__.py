@@ -1,0 +1,7 @@
+"""SyncBatchNorm for PyTorch: Ascend (torch_npu, HCCL), CUDA (NCCL) and CPU (Gloo) ranks."""
+
+from syncbn.torch import functional
+from syncbn.torch.groups import create_group
+from syncbn.torch.layer import SyncBatchNorm
+
+__all__ = ["SyncBatchNorm", "create_group", "functional"]

@@ -1,0 +1,145 @@
+"""The five leaf operations, composed of ATen's native batch-norm kernels; shown on CPU.
+
+Used as they are, the CPU kernels lose accuracy: on channels-last input they add up float32 values
+one after the other, so that 1e5 values of mean/std 1e4 leave no digit of the variance. Here their
+reductions only see columns of at most `_BLOCK` values, which are merged in float64. That is
+accurate for any count, and on contiguous images faster than the kernel's own reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from syncbn.torch.backends import wide
+
+_BLOCK = 128  # longest column that is added up in float32: an error of 128 u at the very worst
+_FEW = 8  # with fewer rows, columns are too short to pay for their merge
+
+
+def stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    if _short(x):
+        mean, var = _kernel_stats(x)
+        return mean.to(wide(x.device)), var.to(wide(x.device))
+    merged = []
+    for block in _blocks(x):
+        means, variances = (_spread(v, block) for v in _kernel_stats(_as_columns(block)))
+        mean = means.mean((0, 2))
+        between = (means - mean.view(1, -1, 1)).square().mean((0, 2))
+        merged.append((mean, variances.mean((0, 2)) + between, block[:, :, 0].numel()))
+    means, variances = (torch.stack(values) for values in list(zip(*merged, strict=True))[:2])
+    counts = means.new_tensor([count for _, _, count in merged])
+    mean, var, _, _ = combine(means, variances, counts, eps=0.0)
+    return mean, var
+
+
+def combine(
+    means: Tensor, variances: Tensor, counts: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = counts.sum()
+    weights = (counts / n.clamp(min=1)).unsqueeze(1)
+    mean = (weights * means).sum(0)
+    var = (weights * (variances + (means - mean).square())).sum(0)
+    return mean, var, (var + eps).rsqrt(), n
+
+
+def normalize(
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    scale = invstd if weight is None else invstd * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return _affine(x, scale, shift)
+
+
+def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    mean = mean.to(_statistics_dtype(x))
+    if _short(x):
+        sum_dy, sum_dy_xmu = _kernel_sums(dy, x, mean)
+        return sum_dy.to(wide(x.device)), sum_dy_xmu.to(wide(x.device))
+    totals = mean.new_zeros(2, mean.numel(), dtype=wide(x.device))
+    for dy_block, block in zip(_blocks(dy), _blocks(x), strict=True):
+        _, merged, _, spatial = block.shape
+        means = mean.repeat_interleave(spatial).repeat(merged)
+        sums = _kernel_sums(_as_columns(dy_block), _as_columns(block), means)
+        totals += torch.stack([_spread(v, block).sum((0, 2)) for v in sums])
+    return totals[0], totals[1]
+
+
+def input_grad(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    n: Tensor,
+) -> Tensor:
+    scale = invstd if weight is None else invstd * weight
+    slope = invstd.square() * sum_dy_xmu / n
+    shift = scale * (mean * slope - sum_dy / n)
+    # Halves take both terms in float32 and are rounded once.
+    dx = _affine(dy.to(_statistics_dtype(x)), scale, shift)
+    dx.addcmul_(x.to(dx.dtype), (-scale * slope).to(dx.dtype).view(1, -1, 1))
+    return dx.to(dy.dtype)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    """What the kernels accumulate in and return statistics as."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _short(x: Tensor) -> bool:
+    return x.shape[0] < _FEW
+
+
+def _blocks(x: Tensor) -> Iterator[Tensor]:
+    """x (R, C, S) cut into views (rows, merged, C, S) that have at most `_BLOCK` rows.
+
+    A view takes `merged` neighbouring rows of x as one row, so that the kernel walks memory in
+    order; the rows that are left over are cut in turn.
+    """
+    while x.shape[0]:
+        merged = -(-x.shape[0] // _BLOCK)
+        rows = x.shape[0] // merged
+        yield x[: rows * merged].unflatten(0, (rows, merged))
+        x = x[rows * merged :]
+
+
+def _as_columns(block: Tensor) -> Tensor:
+    """A view as a channels-last image (1, columns, rows, 1): each column is a channel of it."""
+    return block.reshape(1, block.shape[0], 1, -1).permute(0, 3, 1, 2)
+
+
+def _spread(columns: Tensor, block: Tensor) -> Tensor:
+    """One number per column, as (merged, C, S), in the type that columns are merged in."""
+    return columns.to(wide(block.device)).view(block.shape[1:])
+
+
+def _kernel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel (dimension 1)."""
+    if x.dtype == _statistics_dtype(x):
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return mean, var
+    # For halves the kernel returns float32 only beside float32 running statistics.
+    unused = torch.zeros(2, x.shape[1], dtype=torch.float32, device=x.device)
+    mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
+    return mean, var
+
+
+def _kernel_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """sum dy and sum dy (x - mean) of each channel: the kernel's parameter gradients at std 1."""
+    _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(
+        dy, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
+    )
+    return sum_dy, sum_dy_xmu
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x * scale + shift, per channel, in one pass: inference with mean 0, variance 1, eps 0."""
+    scale, shift = scale.to(_statistics_dtype(x)), shift.to(_statistics_dtype(x))
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    y, _, _ = torch.native_batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0)
+    return y

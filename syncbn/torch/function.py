@@ -1,0 +1,268 @@
+"""A training step of the layer: statistics of the group, and the gradients that go with them.
+
+A step costs two collectives: one all_gather of each rank's statistics in the forward, one
+all_reduce of two sums per channel in the backward. A rank that fails before the all_gather still
+joins it, with a mark, so that every rank raises and none waits (ERR-9).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from syncbn.contract import PeerError, check_shape
+from syncbn.torch.backends import Backend, wide
+from syncbn.torch.groups import Communicator
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_COUNT_WORD = 2**20  # a count travels in two words, each exact in float32
+_ERROR_BYTES = 512  # of the text that a failing rank sends round
+
+# The last word of a rank's message: what the rank is going to do after the all_gather.
+_NOTHING, _BACKWARD, _FAIL = 0, 1, 2
+
+
+class Statistics(NamedTuple):
+    """Mean, biased variance and 1 / sqrt(var + eps), (C,) each, of n values (a scalar tensor)."""
+
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+    n: Tensor
+
+
+def batch_statistics(
+    x: Tensor,
+    num_features: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    ranks: Communicator,
+    backend: Backend,
+) -> Statistics:
+    """Statistics of x over all ranks, by one all_gather.
+
+    Raises:
+        TypeError, ValueError: x breaks a rule of `check_input`.
+        RuntimeError: some ranks have nothing to differentiate, others have and would wait.
+        PeerError: another rank raised one of these, or anything else.
+    """
+    intention = _BACKWARD if _differentiates(x, weight, bias) else _NOTHING
+    problem: Exception | None = None
+    with torch.no_grad():
+        try:
+            check_input(x, num_features, weight)
+            message = _message(x, backend, intention)
+        except Exception as error:
+            problem = error
+            message = _pack(torch.zeros(2, num_features, device=_home(x, weight)), 0, _FAIL)
+        table = ranks.all_gather(message)
+        if host_may_look(table.device):
+            _check_together(table, problem, ranks)
+        elif problem:
+            raise problem
+        means, variances = table[:, :-3].view(-1, 2, num_features).unbind(1)
+        return Statistics(*backend.combine(means, variances, _counts(table), eps))
+
+
+def host_may_look(device: torch.device) -> bool:
+    """Whether a training step may read a value of the device.
+
+    That makes the host wait for an accelerator in every step, so there only SYNCBN_DEBUG=1 does.
+    """
+    return device.type == "cpu" or os.environ.get("SYNCBN_DEBUG") == "1"
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    n: Tensor | None,
+    ranks: Communicator,
+    backend: Backend,
+) -> Tensor:
+    """(x - mean) * invstd * weight + bias, differentiable once in x, weight and bias.
+
+    mean and invstd are functions of the n values that the ranks hold, or constants if n is None.
+    """
+    y: Tensor = _Normalize.apply(x, weight, bias, mean, invstd, n, ranks, backend)
+    return y
+
+
+def check_input(x: Any, num_features: int, weight: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless x can be normalized.
+
+    x is a tensor of shape (N, C, +) with C = num_features, on the device of the parameters and
+    of their dtype, or of float16 or bfloat16 beside float32 parameters.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input must be a torch.Tensor, got {type(x).__name__}")
+    check_shape(x.shape, num_features)
+    if x.dtype not in FLOATING:
+        names = ", ".join(str(dtype) for dtype in FLOATING)
+        raise TypeError(f"input must have one of the dtypes {names}, got {x.dtype}")
+    if weight is None:
+        return
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if x.dtype != weight.dtype and not (half and weight.dtype == torch.float32):
+        raise TypeError(
+            f"input must have the dtype of the parameters, {weight.dtype} (float16 and bfloat16 "
+            f"also go with float32), got {x.dtype}"
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"input must be on the device of the parameters, {weight.device}, got {x.device}"
+        )
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        n: Tensor | None,
+        ranks: Communicator,
+        backend: Backend,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, mean, invstd, n)
+        ctx.ranks, ctx.backend = ranks, backend
+        if not x.numel():
+            return torch.empty_like(x)
+        return _restore(backend.normalize(_canonical(x, like=x), mean, invstd, weight, bias), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, invstd, n = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        backend: Backend = ctx.backend
+        x_rows, dy_rows = _canonical(x, like=x), _canonical(dy, like=x)
+        sums = mean.new_zeros(2, mean.numel())
+        if x.numel():
+            sums.copy_(torch.stack(backend.reduce_grad(dy_rows, x_rows, mean)))
+        grad_weight = (sums[1] * invstd).to(weight.dtype) if wants_weight else None
+        grad_bias = sums[0].to(bias.dtype) if wants_bias else None
+        if n is None:
+            sums, n = torch.zeros_like(sums), mean.new_ones(())
+        else:
+            # Also when this rank wants no dx: the others wait for its sums.
+            sums = ctx.ranks.all_reduce(sums)
+        dx = None
+        if wants_x:
+            dx = torch.empty_like(x)
+            if x.numel():
+                rows = backend.input_grad(
+                    dy_rows, x_rows, mean, invstd, weight, sums[0], sums[1], n
+                )
+                dx = _restore(rows, x)
+        return dx, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _message(x: Tensor, backend: Backend, intention: int) -> Tensor:
+    """What this rank tells the others: mean, var, count, and whether a backward will follow."""
+    count = x.numel() // x.shape[1]
+    if not count:
+        return _pack(torch.zeros(2, x.shape[1], device=x.device), 0, intention)
+    return _pack(torch.stack(backend.stats(_canonical(x, like=x))), count, intention)
+
+
+def _pack(mean_var: Tensor, count: int, intention: int) -> Tensor:
+    """One vector of 2C + 3 words, of a dtype that does not depend on this rank's input."""
+    # Filled, not copied from the host, which would wait for the device.
+    words = [
+        torch.full((1,), word, dtype=wide(mean_var.device), device=mean_var.device)
+        for word in (*divmod(count, _COUNT_WORD), intention)
+    ]
+    dtype = wide(mean_var.device)
+    return torch.cat([mean_var.to(dtype).flatten(), *words])
+
+
+def _counts(table: Tensor) -> Tensor:
+    return table[:, -3] * _COUNT_WORD + table[:, -2]
+
+
+def _differentiates(x: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether this rank's backward will reach the layer."""
+    tensors = (tensor for tensor in (x, weight, bias) if isinstance(tensor, Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _home(x: Any, weight: Tensor | None) -> torch.device:
+    """The device to communicate from when x is not to be trusted."""
+    if weight is not None:
+        return weight.device
+    return x.device if isinstance(x, Tensor) else torch.device("cpu")
+
+
+def _check_together(table: Tensor, problem: Exception | None, ranks: Communicator) -> None:
+    """Raise on every rank if the table of all ranks' messages shows that the step must fail."""
+    intentions = table[:, -1].tolist()
+    failed = [rank for rank, said in zip(ranks.ranks, intentions, strict=True) if said == _FAIL]
+    idle = [rank for rank, said in zip(ranks.ranks, intentions, strict=True) if said == _NOTHING]
+    if failed:
+        errors = _exchange_errors(problem, table.device, ranks)
+        if problem:
+            raise problem
+        raise PeerError(
+            "; ".join(f"rank {rank} failed: {errors[ranks.ranks.index(rank)]}" for rank in failed)
+        )
+    if idle and len(idle) < len(ranks.ranks):
+        raise RuntimeError(
+            f"{_name(idle)} nothing to differentiate (no gradient is wanted of input, weight or "
+            "bias, or gradients are off), but other ranks of the group have: their backward would "
+            "wait for ever"
+        )
+
+
+def _exchange_errors(
+    problem: Exception | None, device: torch.device, ranks: Communicator
+) -> list[str]:
+    """Every rank's error text, by a second all_gather that only failing steps pay."""
+    text = f"{type(problem).__name__}: {problem}" if problem else ""
+    encoded = text.encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
+    message = torch.tensor(list(encoded), dtype=torch.uint8, device=device)
+    table = ranks.all_gather(message).cpu()
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in table]
+
+
+def _name(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} has"
+    return f"rank {', rank '.join(map(str, ranks))} have"
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels of one place lie side by side: (N, C), channels_last and the like."""
+    return x.dim() == 2 or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
+
+
+def _canonical(t: Tensor, like: Tensor) -> Tensor:
+    """t (N, C, *S) in the memory order of `like`, as contiguous (R, C, S).
+
+    Contiguous input becomes (N, C, prod S), channels-last input (N prod S, C, 1), both without a
+    copy; any other layout is copied to contiguous.
+    """
+    channels = t.shape[1]
+    if _channels_last(like):
+        return t.movedim(1, -1).contiguous().view(-1, channels, 1)
+    return t.contiguous().view(t.shape[0], channels, math.prod(t.shape[2:]))
+
+
+def _restore(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_canonical`."""
+    if _channels_last(like):
+        batch, channels, *spatial = like.shape
+        return rows.view(batch, *spatial, channels).movedim(-1, 1)
+    return rows.view(like.shape)

@@ -1,0 +1,109 @@
+"""The layer as a function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncbn.contract import check_count
+from syncbn.torch import backends
+from syncbn.torch.backends import wide
+from syncbn.torch.function import (
+    Statistics,
+    batch_statistics,
+    check_input,
+    host_may_look,
+    normalize,
+)
+from syncbn.torch.groups import ALONE, Communicator, Group
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    process_group: Group = None,
+    *,
+    num_features: int | None = None,
+    num_batches_tracked: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, statistics over a process group.
+
+    In training, mean and var are those of the inputs of all ranks of the group together; running
+    statistics, if given, move towards them, with the unbiased variance. In eval they are the
+    running statistics, or those of this rank's input if none are given; eval never communicates.
+
+    Args:
+        input: (N, C, +), float16, bfloat16, float32 or float64; N and + may differ between ranks,
+            and N may be 0.
+        running_mean, running_var: (C,), updated in place in training.
+        weight, bias: (C,), of the dtype of the input, or float32 beside float16 and bfloat16.
+        training: whether to use the statistics of the batch.
+        momentum: weight of this batch in the running statistics, in [0, 1]; None for their
+            cumulative average, which needs num_batches_tracked.
+        eps: added to the variance.
+        process_group: a ProcessGroup, or None for all ranks (this process alone, if
+            torch.distributed is not initialized).
+        num_features: C, for the check of the input; that of the parameters by default.
+        num_batches_tracked: int64 scalar, counts the batches that moved the running statistics.
+        backend: "auto", or the name of a backend; see `syncbn.torch.backends`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of the input, differentiable once. The
+        gradients of weight and bias are those of this rank alone.
+
+    Raises:
+        TypeError, ValueError: the input breaks one of the rules above, or a group that trains
+            holds only one value per channel.
+        RuntimeError: in training, some ranks have nothing to differentiate and others have.
+        PeerError: another rank of the group raised one of these.
+    """
+    ops = backends.load(backend)
+    if num_features is None:
+        given = next((t for t in (weight, bias, running_mean) if t is not None), None)
+        num_features = input.shape[1] if given is None else given.numel()
+    if training:
+        ranks = Communicator.of(process_group)
+        stats = batch_statistics(input, num_features, weight, bias, eps, ranks, ops)
+        if host_may_look(stats.n.device):
+            check_count(int(stats.n))
+        if running_mean is not None and running_var is not None:
+            _update_running(running_mean, running_var, num_batches_tracked, momentum, stats)
+        return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, ranks, ops)
+    if running_mean is not None and running_var is not None:
+        check_input(input, num_features, weight)
+        mean = running_mean.to(wide(input.device))
+        invstd = (running_var.to(mean.dtype) + eps).rsqrt()
+        return normalize(input, weight, bias, mean, invstd, None, ALONE, ops)
+    stats = batch_statistics(input, num_features, weight, bias, eps, ALONE, ops)
+    return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, ALONE, ops)
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    stats: Statistics,
+) -> None:
+    """Move the running statistics, unless the whole group was empty; the host need not know n."""
+    n = stats.n
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(n > 0)
+    if momentum is None:
+        if num_batches_tracked is None:
+            raise ValueError("momentum=None (cumulative average) needs num_batches_tracked")
+        factor = 1 / num_batches_tracked.clamp(min=1).to(n.dtype)
+    else:
+        factor = torch.full_like(n, momentum)
+    unbiased = stats.var * (n / (n - 1).clamp(min=1))
+    for buffer, batch in ((running_mean, stats.mean), (running_var, unbiased)):
+        moved = (1 - factor) * buffer.to(n.dtype) + factor * batch
+        buffer.copy_(torch.where(n > 0, moved, buffer.to(n.dtype)))

@@ -1,0 +1,115 @@
+"""The layer, a drop-in for torch.nn.SyncBatchNorm that also runs on CPU ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.contract import check_arguments, check_dtype, check_shape
+from syncbn.torch import backends
+from syncbn.torch.function import FLOATING
+from syncbn.torch.functional import sync_batch_norm
+from syncbn.torch.groups import Group, resolve
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization whose statistics are those of all ranks of a process group.
+
+    `y = (x - mean) / sqrt(var + eps) * weight + bias` per channel. In training, mean and biased
+    var are taken over the inputs of the whole group, which may differ in N and in spatial size
+    and may be empty, and the gradients are those of this group-wide formula. Running statistics
+    take the unbiased variance and are bitwise equal on all ranks. A step costs one all_gather and
+    one all_reduce; eval does not communicate. An error that one rank meets is raised on all.
+
+    The arguments and their defaults are those of mindspore.mint.nn.SyncBatchNorm, the state_dict
+    is that of torch.nn.BatchNorm. Without torch.distributed, or in a group of one rank, it is a
+    BatchNorm.
+
+    Args:
+        num_features: C of the input (N, C, +).
+        eps: added to the variance, a float.
+        momentum: weight of the newest batch in the running statistics, in [0, 1]; None for their
+            cumulative average.
+        affine: whether weight (ones) and bias (zeros), of shape (C,), are learned.
+        track_running_stats: whether to keep running_mean (zeros), running_var (ones) and
+            num_batches_tracked (0) for eval. Without them, eval normalizes each rank's input with
+            its own statistics.
+        process_group: the ranks to synchronize with: None for all, a ProcessGroup, the name of a
+            group made by `create_group`, or a list of rank ids (every member builds the layer).
+        dtype: of parameters and running statistics; None is torch.float32.
+        device: of parameters and running statistics.
+        backend: "auto" or the name of a backend (`syncbn.torch.backends`).
+
+    Shape: input (N, C, +) with at least 2 dimensions; output the same, also in dtype and memory
+    format. Input is of the dtype of the parameters, or float16 or bfloat16 beside float32.
+
+    Raises:
+        TypeError: an argument is not of its type; see `syncbn.contract.check_arguments`.
+        ValueError: num_features < 1, momentum outside [0, 1], eps negative, a rank id outside
+            [0, world size), an unknown backend; in forward, an input of the wrong shape.
+        RuntimeError, PeerError: in forward, see `syncbn.torch.functional.sync_batch_norm`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        device: torch.device | str | int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_arguments(num_features, eps, momentum, affine, track_running_stats)
+        check_dtype(dtype, FLOATING)
+        backends.check_name(backend)
+        super().__init__(
+            int(num_features),
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=torch.float32 if dtype is None else dtype,
+        )
+        self.process_group: Group = resolve(process_group)
+        self.backend = backend
+
+    def forward(self, input: Tensor) -> Tensor:
+        tracking = not self.training or self.track_running_stats
+        return sync_batch_norm(
+            input,
+            self.running_mean if tracking else None,
+            self.running_var if tracking else None,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+            self.process_group,
+            num_features=self.num_features,
+            num_batches_tracked=self.num_batches_tracked if tracking else None,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
+        return super().extra_repr() + backend
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        check_shape(input.shape, self.num_features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        """A copy that shares the process group, a handle which cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        clone = self.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return clone
