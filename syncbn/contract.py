@@ -42,15 +42,15 @@ def check_arguments(
         raise TypeError(f"num_features must be an int, got {_show(num_features)}")
     if num_features < 1:
         raise ValueError(f"num_features must be at least 1, got {num_features!r}")
-    # Rational excludes the ints (a bool is one too) and keeps NumPy's floating scalars.
-    if not isinstance(eps, Real) or isinstance(eps, Rational):
+    # Every int is Rational; a float, also one of NumPy's, is not.
+    if not _is_real(eps) or isinstance(eps, Rational):
         raise TypeError(f"eps must be a float, got {_show(eps)}")
-    if not eps >= 0:
+    if not float(eps) >= 0:
         raise ValueError(f"eps must be zero or positive, got {eps!r}")
     if momentum is not None:
-        if not isinstance(momentum, Real) or isinstance(momentum, bool):
+        if not _is_real(momentum):
             raise TypeError(f"momentum must be a number or None, got {_show(momentum)}")
-        if not 0 <= momentum <= 1:
+        if not 0 <= float(momentum) <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
     for name, flag in (("affine", affine), ("track_running_stats", track_running_stats)):
         if not isinstance(flag, bool):
@@ -120,6 +120,10 @@ def check_count(count: int) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _show(value: Any) -> str:

@@ -89,7 +89,7 @@ def resolve(process_group: Any) -> Group:
             "process_group must be None, a ProcessGroup, the name of a group or a list of rank "
             f"ids, got {process_group!r} of type {type(process_group).__name__}"
         )
-    return process_group  # type: ignore[no-any-return]  # checked just above
+    return process_group
 
 
 @dataclass(frozen=True)
