@@ -1,0 +1,197 @@
+"""The command line of the suite: run, list, show, replay, targets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import reports
+from conformance import catalogue, runner, targets
+from conformance.case import Case, CaseError, load
+from conformance.clauses import CLAUSES
+from conformance.pool import RankPool
+from conformance.runner import Result
+from conformance.targets import TargetError
+
+_OUT = Path("reports/out")
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the text says why."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 all required clauses passed, 1 some did not, 2 bad input, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.command(options)
+        return status
+    except (UsageError, TargetError, CaseError, reports.ReportError) as error:
+        print(f"conformance: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("conformance: interrupted, no report was written", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    target = targets.parse(options.target, options.device, options.backend)
+    cases = catalogue.cases(options.ranks, options.profile)
+    out = options.out or _OUT / target.name.replace(":", "-").replace("/", "-")
+    _make_directory(out)
+    start = time.monotonic()
+    with RankPool(target, options.ranks, options.launcher) as pool:
+        results = _with_progress(pool, cases)
+    seconds = time.monotonic() - start
+    document = runner.report(pool, results, options.profile, options.level, seconds)
+    reports.save(document, out / "report.json")
+    reports.summarize(document, Console())
+    print(f"report: {out / 'report.json'}")
+    return 0 if document["summary"]["verdict"] == "pass" else 1
+
+
+def _with_progress(pool: RankPool, cases: list[Case]) -> list[Result]:
+    """Run the cases under a progress bar, or with a line now and then if this is no terminal."""
+    console = Console(stderr=True)
+    console.print(f"{pool.target.name}: starting {pool.ranks} ranks", highlight=False)
+    pool.start()
+    bar = Progress(
+        TextColumn("{task.fields[clause]:<8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} not passed"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    failed = done = 0
+    with bar:
+        task = bar.add_task("", total=len(cases), clause="", failed=0)
+
+        def progress(result: Result) -> None:
+            nonlocal failed, done
+            done += 1
+            failed += result.verdict.verdict != "pass"
+            bar.update(task, advance=1, clause=result.case.clause, failed=failed)
+            if not console.is_terminal and done % 50 == 0:
+                print(f"{done} of {len(cases)} cases, {failed} not passed", file=sys.stderr)
+
+        return runner.run(pool, cases, progress)
+
+
+def _list(options: argparse.Namespace) -> int:
+    for case in catalogue.cases(options.ranks, options.profile):
+        print(f"{case.id}  {case.clause:<8}  {case.title}")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    print(json.dumps(_find(options.case, options.ranks).document, indent=1))
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    case = _find(options.case, options.ranks)
+    target = targets.parse(options.target, options.device, options.backend)
+    with RankPool(target, case.ranks, options.launcher) as pool:
+        pool.start()
+        result = runner.run_case(pool, case)
+    found = result.verdict
+    ratio = "" if found.ratio is None else f", largest ratio {found.ratio:.3g}"
+    print(f"{case.id} {case.clause} ({CLAUSES[case.clause].title}): {case.title}")
+    print(f"{found.verdict}{ratio} in {result.seconds:.2f} s on {case.ranks} ranks")
+    if found.message:
+        print(found.message)
+    return 0 if found.verdict == "pass" else 1
+
+
+def _targets(_: argparse.Namespace) -> int:
+    for name, description in targets.DESCRIPTIONS.items():
+        print(f"{name:<20}  {description}")
+    return 0
+
+
+def _find(wanted: str, ranks: int) -> Case:
+    """A case by its id on this many ranks, or from a file with a case document."""
+    path = Path(wanted)
+    if path.is_file():
+        try:
+            return load(json.loads(path.read_text()))
+        except ValueError as error:
+            raise UsageError(f"{path} holds no case: {error}") from error
+    for case in catalogue.cases(ranks):
+        if case.id == wanted:
+            return case
+    raise UsageError(
+        f"case must be a file or the id of a case on {ranks} ranks (see `list --ranks {ranks}`), "
+        f"got {wanted!r}"
+    )
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write reports to {path}: {error.strerror}") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m conformance", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_target(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--target", default="syncbn.torch", help="see `targets`")
+        sub.add_argument("--device", default="cpu", choices=("cpu", "cuda", "npu"))
+        sub.add_argument("--backend", help="of the target, if it has several")
+        sub.add_argument("--launcher", default="local", choices=("local",))
+
+    def add_ranks(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--ranks", type=_positive, default=4, help="default 4")
+
+    def add_profile(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--profile", default="full", choices=catalogue.PROFILES)
+
+    run = add("run", _run, "Judge a target, clause by clause.")
+    for more in (add_target, add_ranks, add_profile):
+        more(run)
+    run.add_argument(
+        "--level",
+        default="decided",
+        choices=("decided", "documented"),
+        help="which clauses count for the exit status: all, or the documented ones",
+    )
+    run.add_argument("--out", type=Path, help="where report.json goes (default reports/out/TARGET)")
+    listing = add("list", _list, "The cases: id, clause, title.")
+    add_ranks(listing)
+    add_profile(listing)
+    show = add("show", _show, "The document of a case.")
+    show.add_argument("case", help="an id, or a file")
+    add_ranks(show)
+    replay = add("replay", _replay, "Run one case again.")
+    replay.add_argument("case", help="an id, or a file")
+    add_target(replay)
+    add_ranks(replay)
+    add("targets", _targets, "What can be given as --target.")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Random tensors that the controller and every rank can make alike, without any framework.
+
+An array is a function of (seed, name, rank): Philox is a counter-based generator and its key is
+the hash of the three. Values are float64 but representable in the dtype they are meant for, so
+that no rank rounds what the reference does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from conformance.case import Case, Step
+
+Array: TypeAlias = npt.NDArray[np.float64]
+
+
+def shard(case: Case, index: int, rank: int) -> Array:
+    """The input of one rank in one step."""
+    step = case.steps[index]
+    spec = step.x
+    shape = step.shapes[rank]
+    if spec.shared:
+        values = _cut_of_whole(case, index, rank)
+    else:
+        values = _generator(case.seed, f"x{index}", rank).standard_normal(shape)
+        # Ranks differ in mean and spread, or local statistics would pass for the group's.
+        values = values * (1 + 0.3 * rank) + 0.7 * rank
+    if spec.constant:
+        values = np.zeros(shape)
+    values = (values + spec.ratio) * spec.scale
+    if step.layout_of(rank) == "expanded":
+        values = np.broadcast_to(values[:1], shape)
+    values = round_to(values, step.dtype_of(rank))
+    for at, poison in spec.poison:
+        if at[0] == rank:
+            values[tuple(at[1:])] = float(poison)
+    return values
+
+
+def grad_output(case: Case, index: int, rank: int) -> Array:
+    """The gradient of the loss in y, of one rank in one step."""
+    step = case.steps[index]
+    shape = step.shapes[rank]
+    values = _generator(case.seed, f"dy{index}", rank).standard_normal(shape)
+    values = values * 1.5 / (1 + 0.2 * rank) + 0.1 * rank
+    if step.dy_zero_sum and values.size:
+        axes = (0, *range(2, values.ndim))
+        values -= values.mean(axis=axes, keepdims=True)
+    if step.dy_layout_of(rank) == "expanded":
+        values = np.broadcast_to(values[:1], shape)
+    return round_to(values, step.dtype_of(rank))
+
+
+def initial_state(case: Case) -> dict[str, Array]:
+    """Parameters and running statistics that every rank starts from."""
+    features, dtype = case.num_features, case.parameter_dtype
+    draw = _generator(case.seed, "state", 0)
+    weight = draw.uniform(0.5, 1.5, features) * draw.choice([-1.0, 1.0], features)
+    bias = draw.standard_normal(features)
+    mean = draw.standard_normal(features)
+    var = draw.uniform(0.5, 2.0, features)
+    state: dict[str, Array] = {}
+    if case.affine:
+        state |= {"weight": round_to(weight, dtype), "bias": round_to(bias, dtype)}
+    if case.track_running_stats:
+        state |= {"running_mean": round_to(mean, dtype), "running_var": round_to(var, dtype)}
+    return state
+
+
+def round_to(values: Any, dtype: str) -> Array:
+    """The float64 values of `dtype` nearest to the given ones (ties to even)."""
+    if dtype == "bfloat16":
+        bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.astype(np.uint32).view(np.float32).astype(np.float64)
+    return np.asarray(values).astype(dtype).astype(np.float64)
+
+
+def _cut_of_whole(case: Case, index: int, rank: int) -> Array:
+    """This rank's rows of a batch that does not depend on how it is cut."""
+    shapes = case.steps[index].shapes
+    rows = [shape[0] for shape in shapes]
+    whole = _generator(case.seed, f"x{index}", -1).standard_normal((sum(rows), *shapes[0][1:]))
+    start = sum(rows[:rank])
+    return whole[start : start + rows[rank]]
+
+
+def _generator(seed: int, name: str, rank: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{rank}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))

@@ -1,0 +1,78 @@
+"""What the reference says that each rank of a case must get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from conformance import data
+from conformance.case import Case
+from reference import Bounded, SyncBatchNorm
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One rank after one step, by the names of conformance.case.CHECKS.
+
+    A value of None means that there must be none: a gradient that was not asked for, a statistic
+    that is not tracked. A check that is missing is not defined for this step.
+    """
+
+    values: dict[str, Bounded | None] = field(default_factory=dict)
+    num_batches_tracked: int | None = None
+
+
+def expect(case: Case) -> list[list[Expected | None]]:
+    """[rank][step]: None where the rank takes no part in the step."""
+    results: list[list[Expected | None]] = [[None] * len(case.steps) for _ in range(case.ranks)]
+    groups = {group for rank in range(case.ranks) if (group := case.group_of(rank))}
+    with np.errstate(all="ignore"):  # poisoned and overflowing cases are meant to
+        for group in groups:
+            state = data.initial_state(case) if case.state == "random" else {}
+            layer = SyncBatchNorm(
+                case.num_features,
+                case.eps,
+                case.momentum,
+                case.affine,
+                case.track_running_stats,
+                dtype=case.parameter_dtype,
+                **state,
+            )
+            for index in range(len(case.steps)):
+                for rank, expected in _step(case, layer, group, index).items():
+                    results[rank][index] = expected
+    return results
+
+
+def _step(
+    case: Case, layer: SyncBatchNorm, group: tuple[int, ...], index: int
+) -> dict[int, Expected]:
+    step = case.steps[index]
+    ranks = [rank for rank in group if step.takes_part(rank)]
+    values: dict[int, dict[str, Bounded | None]] = {rank: {} for rank in ranks}
+    if ranks and not case.fails(index, ranks[0]):
+        shards = [data.shard(case, index, rank) for rank in ranks]
+        training = step.mode == "train"
+        passes = 2 if step.recompute else 1  # the backward runs the forward again
+        for _ in range(passes):
+            ys = layer.forward(shards, training, step.dtype_of(ranks[0]))
+        for rank, y in zip(ranks, ys, strict=True):
+            values[rank]["y"] = y
+        if step.backward:
+            dys = [data.grad_output(case, index, rank) for rank in ranks]
+            for rank, gradients in zip(ranks, layer.backward(dys), strict=True):
+                wants_input, wants_parameters = step.wants_grad(rank)
+                wants_parameters &= case.affine
+                values[rank] |= {
+                    "grad_input": gradients.input if wants_input else None,
+                    "grad_weight": gradients.weight if wants_parameters else None,
+                    "grad_bias": gradients.bias if wants_parameters else None,
+                }
+    tracked = case.track_running_stats
+    running = {
+        "running_mean": layer.running_mean if tracked else None,
+        "running_var": layer.running_var if tracked else None,
+    }
+    count = layer.num_batches_tracked if tracked else None
+    return {rank: Expected(values[rank] | running, count) for rank in ranks}

@@ -1,0 +1,251 @@
+"""A pool of rank processes that outlive their cases, driven by one controller.
+
+Ranks dial in over a loop-back connection that both sides authenticate with a random key. Every
+message carries an epoch; what answers an older one is dropped. A rank that dies, hangs past the
+deadline or never answers after a peer failed costs that one case: stacks are dumped, all ranks are
+killed, and the next case gets fresh ones. After an error that every rank survived, the ranks stay
+and only form a new world, for a process group is not to be trusted after an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import secrets
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from conformance import wire
+from conformance.case import Case
+from conformance.targets import Target, TargetError
+from conformance.wire import Message
+from launchers import LAUNCHERS, Job
+
+_START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
+_GRACE_SECONDS = 5.0  # for the peers of a rank that failed, to fail as well
+_STACK_SECONDS = 0.3  # for a signal handler to write
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the ranks of one case answered; None for a rank that did not."""
+
+    answers: list[Message | None]
+    crashed: list[int] = field(default_factory=list)
+    hung: list[int] = field(default_factory=list)
+    details: str = ""
+
+
+class RankPool:
+    """`ranks` processes that run cases on one target. Use it as a context manager.
+
+    Args:
+        target: whose layer.
+        ranks: how many processes, at least 1.
+        launcher: a name of launchers.LAUNCHERS.
+    """
+
+    def __init__(self, target: Target, ranks: int, launcher: str = "local") -> None:
+        self.target = target
+        self.ranks = ranks
+        self.launcher = launcher
+        self.versions: dict[str, str] = {}
+        self.starts = 0
+        self._epoch = 0
+        self._job: Job | None = None
+        self._connections: list[Connection] = []
+        self._must_rejoin = False
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the ranks, load the target and form the world.
+
+        Raises:
+            TargetError: the target cannot be loaded, with the rank's own message.
+        """
+        self.starts += 1
+        key = secrets.token_bytes(32)
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {
+            "SYNCBN_KEY": key.hex(),
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            "OMP_NUM_THREADS": "1",
+        }
+        with Listener(("127.0.0.1", 0), backlog=self.ranks, authkey=key) as listener:
+            host, port = cast("tuple[str, int]", listener.address)
+            environment["SYNCBN_CONTROLLER"] = f"{host}:{port}"
+            command = [sys.executable, "-m", "conformance.ranks.worker"]
+            self._job = LAUNCHERS[self.launcher](command, self.ranks, environment)
+            try:
+                self._connections = self._accept(listener)
+                loaded = self._all({"do": "load", "target": self.target.document})
+                self.versions = loaded[0].content["versions"]
+                self._join()
+            except BaseException:
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """End all ranks. The pool starts again with the next case."""
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+        self._must_rejoin = False
+        if self._job is not None:
+            self._job.stop()
+            self._job = None
+
+    def run(self, case: Case) -> Outcome:
+        """Run a case on all ranks; never raises for what a target does."""
+        if self._job is None:
+            self.start()
+        elif self._must_rejoin:
+            try:
+                self._join()
+            except TargetError:
+                self.stop()
+                self.start()
+        outcome = self._exchange({"do": "run", "case": case.document}, case.deadline)
+        if outcome.crashed or outcome.hung:
+            self.stop()
+        else:
+            self._must_rejoin = any(_went_wrong(answer) for answer in outcome.answers)
+        return outcome
+
+    def _accept(self, listener: Listener) -> list[Connection]:
+        """One connection per rank, in rank order, whatever order they dial in."""
+        assert self._job is not None
+        dialed: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+
+        def accept() -> None:
+            with contextlib.suppress(OSError, AuthenticationError):
+                for _ in range(self.ranks):
+                    dialed.put(listener.accept())
+
+        # In a thread, for accept() would wait for ever for a rank that dies before it dials.
+        threading.Thread(target=accept, daemon=True).start()
+        found: dict[int, Connection] = {}
+        end = time.monotonic() + _START_SECONDS
+        while len(found) < self.ranks:
+            try:
+                connection = dialed.get(timeout=0.2)
+            except queue.Empty:
+                missing = set(range(self.ranks)) - set(found)
+                if lost := sorted(missing & set(self._job.ended())):
+                    raise TargetError(self._lost(lost, "died at its start")) from None
+                if time.monotonic() > end:
+                    raise TargetError(self._lost(sorted(missing), "did not start")) from None
+            else:
+                found[wire.receive(connection).content["rank"]] = connection
+        return [found[rank] for rank in range(self.ranks)]
+
+    def _join(self) -> None:
+        """Let the ranks form a fresh world."""
+        port = self._all({"do": "host"}, only=[0])[0].content["port"]
+        self._all({"do": "join", "port": port})
+        self._must_rejoin = False
+
+    def _all(self, content: dict[str, Any], only: list[int] | None = None) -> list[Message]:
+        """The answers of ranks that all must succeed."""
+        outcome = self._exchange(content, _START_SECONDS, only)
+        if outcome.crashed or outcome.hung:
+            raise TargetError(outcome.details)
+        answers = [answer for answer in outcome.answers if answer is not None]
+        for answer in answers:
+            if "failed" in answer.content:
+                raise TargetError(
+                    f"target {self.target.name} cannot be used: {answer.content['failed']}"
+                )
+        return answers
+
+    def _exchange(
+        self, content: dict[str, Any], deadline: float, only: list[int] | None = None
+    ) -> Outcome:
+        """Send to the ranks (all, or some) and wait for their answers until the deadline."""
+        self._epoch += 1
+        asked = range(self.ranks) if only is None else only
+        answers: list[Message | None] = [None] * self.ranks
+        waiting = {rank: self._connections[rank] for rank in asked}
+        crashed: list[int] = []
+        for rank, connection in list(waiting.items()):
+            try:
+                wire.send(connection, content | {"epoch": self._epoch})
+            except OSError:
+                crashed.append(rank)
+                del waiting[rank]
+        end = time.monotonic() + deadline
+        if crashed:
+            end = time.monotonic() + _GRACE_SECONDS
+        while waiting and (left := end - time.monotonic()) > 0:
+            ready = wait(list(waiting.values()), left)
+            for rank in [rank for rank, c in waiting.items() if c in ready]:
+                try:
+                    answer = wire.receive(waiting[rank])
+                except (EOFError, OSError):
+                    crashed.append(rank)
+                    del waiting[rank]
+                    end = min(end, time.monotonic() + _GRACE_SECONDS)
+                    continue
+                if answer.content["epoch"] != self._epoch:
+                    continue
+                answers[rank] = answer
+                del waiting[rank]
+                if _went_wrong(answer):
+                    end = min(end, time.monotonic() + _GRACE_SECONDS)
+        hung = sorted(waiting)
+        return Outcome(answers, sorted(crashed), hung, self._explain(crashed, hung, answers))
+
+    def _explain(self, crashed: list[int], hung: list[int], answers: list[Message | None]) -> str:
+        if not crashed and not hung:
+            return ""
+        assert self._job is not None
+        if hung:
+            self._job.dump_stacks()
+            time.sleep(_STACK_SECONDS)
+        parts = [self._lost([rank], "died") for rank in sorted(crashed)]
+        parts += [self._lost([rank], "did not answer in time") for rank in hung]
+        for rank, answer in enumerate(answers):
+            for error in _errors(answer):
+                parts.append(f"rank {rank} raised {error}")
+        return "; ".join(parts)
+
+    def _lost(self, ranks: list[int], how: str) -> str:
+        assert self._job is not None
+        output = "\n".join(self._job.output(rank) for rank in ranks)
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        # In a stack dump the main thread comes last, innermost frame first.
+        dumps = [i for i, line in enumerate(lines) if line.startswith(("Thread ", "Current thread"))]
+        shown = lines[dumps[-1] + 1 :][:2] if dumps else lines[-2:]
+        names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        return f"{names} {how}" + (f" ({' / '.join(shown)})" if shown else "")
+
+
+def _errors(answer: Message | None) -> list[str]:
+    if answer is None:
+        return []
+    places = [answer.content, *answer.content.get("steps", [])]
+    described = [place["error"] for place in places if "error" in place]
+    texts = [f"{error['types'][0]}: {error['message']}" for error in described]
+    return texts + ([answer.content["failed"]] if "failed" in answer.content else [])
+
+
+def _went_wrong(answer: Message | None) -> bool:
+    return bool(_errors(answer))

@@ -1,0 +1,98 @@
+"""A rank: dials the controller, then runs one job after the other until the line is cut.
+
+Started by a launcher as `python -m conformance.ranks.worker` with RANK, WORLD_SIZE and LOCAL_RANK
+as torchrun sets them, and SYNCBN_CONTROLLER (host:port) and SYNCBN_KEY (hexadecimal).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import queue
+import signal
+import threading
+import traceback
+from multiprocessing.connection import Client, Connection
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from conformance import wire
+from conformance.case import Case, load
+
+
+class Rank(Protocol):
+    """What a framework's module provides in the rank process."""
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of what the results depend on."""
+
+    def host(self) -> int:
+        """On rank 0: open the place where the ranks meet, and return its port."""
+
+    def join(self, port: int) -> None:
+        """Leave the current world, if any, and form a fresh one."""
+
+    def run(self, case: Case) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+        """Run a case; errors of the target are part of the answer."""
+
+
+def serve(connection: Connection, rank: int, ranks: int, local_rank: int) -> None:
+    """Answer the controller's messages; see conformance.pool for the protocol."""
+    jobs: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, jobs), daemon=True).start()
+    member: Rank | None = None
+    while True:
+        content = jobs.get().content
+        answer: dict[str, Any]
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        try:
+            if content["do"] == "load":
+                member = _load(content["target"], rank, ranks, local_rank)
+                answer = {"versions": member.versions()}
+            elif member is None:
+                raise RuntimeError("the first job must be to load a target")
+            elif content["do"] == "host":
+                answer = {"port": member.host()}
+            elif content["do"] == "join":
+                member.join(content["port"])
+                answer = {}
+            else:
+                with np.errstate(all="ignore"):
+                    answer, arrays = member.run(load(content["case"]))
+        except Exception as error:
+            answer = {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        with contextlib.suppress(OSError):
+            wire.send(connection, answer | {"epoch": content["epoch"]}, arrays)
+
+
+def _listen(connection: Connection, jobs: queue.SimpleQueue[wire.Message]) -> None:
+    """Queue what arrives. When the controller is gone, so is this process, whatever it is doing."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            jobs.put(wire.receive(connection))
+    os._exit(0)
+
+
+def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Rank:
+    if target["framework"] != "torch":
+        raise ValueError(f"framework must be torch, got {target['framework']!r}")
+    from conformance.ranks.torch import TorchRank
+
+    return TorchRank(target, rank, ranks, local_rank)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # a stack dump, on stderr
+    host, port = os.environ["SYNCBN_CONTROLLER"].rsplit(":", 1)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    connection = Client((host, int(port)), authkey=bytes.fromhex(os.environ["SYNCBN_KEY"]))
+    wire.send(connection, {"rank": rank, "pid": os.getpid()})
+    serve(connection, rank, ranks, int(os.environ["LOCAL_RANK"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""The verdict on a case: what the ranks answered against what the reference says.
+
+Numbers are judged by ratio = |got - expected| / bound, element by element, with the bound of
+reference.bounds; a case passes if its largest ratio is at most THRESHOLD, one number for every
+case, target and dtype (as LAPACK's test ratios). Where the reference has a number, NaN and
+infinity never pass; where it is NaN, so must the result be (or infinite), and an infinity passes
+only where the reference has it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from conformance.case import Case, Step
+from conformance.clauses import CLAUSES
+from conformance.expected import Expected, expect
+from conformance.pool import Outcome
+from conformance.wire import Message
+from reference import Bounded
+
+THRESHOLD = 1.0
+
+# The closed list of verdicts, worst first for a clause that has several.
+VERDICTS = ("crash", "hang", "fail", "unsupported", "not-run", "pass")
+
+_DOCUMENTED = {
+    "num_features": "<class 'inspect._empty'>",
+    "eps": "1e-05",
+    "momentum": "0.1",
+    "affine": "True",
+    "track_running_stats": "True",
+    "process_group": "None",
+    "dtype": "None",
+}
+_INITIAL = {
+    "weight": 1.0,
+    "bias": 0.0,
+    "running_mean": 0.0,
+    "running_var": 1.0,
+    "num_batches_tracked": 0.0,
+}
+_NUMERIC = ("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of VERDICTS; the largest ratio of a case that compared numbers; why it did not pass."""
+
+    verdict: str
+    ratio: float | None = None
+    message: str | None = None
+
+
+class _Failure(Exception):
+    """The answer departs from what is expected; the text says where."""
+
+
+def judge(case: Case, outcome: Outcome) -> Verdict:
+    """The verdict on what the ranks answered."""
+    if outcome.crashed:
+        return Verdict("crash", None, outcome.details)
+    if outcome.hung:
+        return Verdict("hang", None, outcome.details)
+    ratios = [0.0]
+    numeric = any(check in _NUMERIC for check in case.checks)
+    try:
+        for rank, answer in enumerate(outcome.answers):
+            assert answer is not None
+            if "failed" in answer.content:
+                raise _Failure(f"rank {rank}: {answer.content['failed']}")
+            _check_errors(case, rank, answer)
+        if case.error is None:
+            _check_facts(case, outcome)
+            _check_numbers(case, outcome, ratios)
+    except _Failure as failure:
+        return Verdict("fail", max(ratios) if numeric else None, str(failure))
+    return Verdict("pass", max(ratios) if numeric else None)
+
+
+def ratio(got: npt.NDArray[Any], expected: Bounded) -> npt.NDArray[np.float64]:
+    """|got - expected| / bound for each element; infinite where nothing else can be said."""
+    value, bound = expected
+    got = got.astype(np.float64)
+    with np.errstate(all="ignore"):
+        quotient = np.abs(got - value) / bound
+    finite = np.isfinite(value) & np.isfinite(got) & np.isfinite(bound) & (bound > 0)
+    alike = np.where(np.isnan(value), ~np.isfinite(got), got == value)
+    return np.where(finite, quotient, np.where(alike, 0.0, np.inf))
+
+
+def _check_errors(case: Case, rank: int, answer: Message) -> None:
+    """Every error that was expected was raised, and no other."""
+    raised = answer.content.get("error")
+    if case.error is not None:
+        if raised is None:
+            raise _Failure(f"rank {rank}: the constructor raised nothing, expected {case.error}")
+        if case.error not in raised["types"]:
+            raise _Failure(
+                f"rank {rank}: the constructor raised {_show(raised)}, expected {case.error}"
+            )
+        return
+    if raised is not None:
+        raise _Failure(f"rank {rank}: the constructor raised {_show(raised)}")
+    for index, facts in enumerate(answer.content["steps"]):
+        step, raised = case.steps[index], facts.get("error")
+        where = f"rank {rank}, step {index}"
+        if step.error is None or not case.fails(index, rank):
+            if raised is not None:
+                raise _Failure(f"{where}: raised {_show(raised)}")
+            continue
+        at_fault = rank in step.error.ranks
+        if raised is None:
+            what = step.error.type if at_fault else "an error, for a peer failed"
+            raise _Failure(f"{where}: raised nothing, expected {what}")
+        if at_fault and step.error.type not in raised["types"]:
+            raise _Failure(f"{where}: raised {_show(raised)}, expected {step.error.type}")
+        if not at_fault and not _names(raised["message"], step.error.ranks):
+            ranks = ", ".join(map(str, step.error.ranks))
+            raise _Failure(f"{where}: raised {_show(raised)}, which does not name rank {ranks}")
+
+
+def _names(message: str, ranks: tuple[int, ...]) -> bool:
+    return any(re.search(rf"\brank\s+{rank}\b", message, re.IGNORECASE) for rank in ranks)
+
+
+def _check_facts(case: Case, outcome: Outcome) -> None:
+    for rank, answer in enumerate(outcome.answers):
+        if answer is None or case.group_of(rank) is None:
+            continue
+        content = answer.content
+        if "signature" in case.checks:
+            _check_signature(content["signature"])
+        if "parameters" in case.checks:
+            _check_parameters(case, content["parameters"])
+        if "state_names" in case.checks:
+            _equal("state_dict names", sorted(content["state_names"]), sorted(_state(case)))
+        if "initial_values" in case.checks:
+            _check_initial_values(case, answer)
+        for index, facts in enumerate(content["steps"]):
+            if case.steps[index].takes_part(rank) and not case.fails(index, rank):
+                _check_step_facts(case, case.steps[index], f"rank {rank}, step {index}", facts)
+    if "ranks_agree" in case.checks:
+        _check_agreement(case, outcome)
+
+
+def _check_signature(signature: dict[str, str]) -> None:
+    for name, default in _DOCUMENTED.items():
+        if name not in signature:
+            raise _Failure(f"the constructor has no argument {name}")
+        _equal(f"default of {name}", signature[name], default)
+
+
+def _state(case: Case) -> list[str]:
+    parameters = ["weight", "bias"] if case.affine else []
+    running = ["running_mean", "running_var", "num_batches_tracked"]
+    return parameters + (running if case.track_running_stats else [])
+
+
+def _check_parameters(case: Case, found: dict[str, Any]) -> None:
+    _equal("parameters and buffers", sorted(found), sorted(_state(case)))
+    for name in _state(case):
+        if name != "num_batches_tracked":
+            _equal(f"shape of {name}", found[name]["shape"], [case.num_features])
+            _equal(f"dtype of {name}", found[name]["dtype"], case.parameter_dtype)
+
+
+def _check_initial_values(case: Case, answer: Message) -> None:
+    for name in _state(case):
+        values = answer.arrays.get(f"initial/{name}")
+        if values is None:
+            raise _Failure(f"there is no {name}")
+        if not np.all(values == _INITIAL[name]):
+            raise _Failure(f"{name} starts as {values.tolist()}, expected {_INITIAL[name]}")
+    for name in set(_INITIAL) - set(_state(case)):
+        if f"initial/{name}" in answer.arrays:
+            raise _Failure(f"there is a {name}, expected none")
+
+
+def _check_step_facts(case: Case, step: Step, where: str, facts: dict[str, Any]) -> None:
+    if "input_unmodified" in case.checks and not facts["input_unmodified"]:
+        raise _Failure(f"{where}: the input was modified")
+    if "format" in case.checks:
+        x, y = facts["format"]["x"], facts["format"]["y"]
+        for aspect in ("shape", "dtype"):
+            _equal(f"{where}: {aspect} of y", y[aspect], x[aspect])
+        for aspect in ("contiguous", "channels_last"):
+            if x[aspect] and not y[aspect]:
+                raise _Failure(f"{where}: x is {aspect}, y is not")
+    if "collectives" in case.checks:
+        each = 1 if step.mode == "train" and case.ranks > 1 else 0
+        wanted = [each, each] if step.backward else [each]
+        _equal(f"{where}: collectives in forward and backward", facts["collectives"], wanted)
+
+
+def _check_agreement(case: Case, outcome: Outcome) -> None:
+    """Buffers are bitwise equal on all ranks of a group after every step that all of it took."""
+    for rank, answer in enumerate(outcome.answers):
+        group = case.group_of(rank)
+        if group is None or answer is None:
+            continue
+        first = outcome.answers[group[0]]
+        assert first is not None
+        for name, values in answer.arrays.items():
+            index, _, buffer = name.partition("/")
+            if buffer not in _INITIAL or buffer in ("weight", "bias") or index == "initial":
+                continue
+            if first.arrays[name].tobytes() != values.tobytes():
+                raise _Failure(
+                    f"step {index}: {buffer} differs between rank {group[0]} and rank {rank}: "
+                    f"{first.arrays[name].tolist()} and {values.tolist()}"
+                )
+
+
+def _check_numbers(case: Case, outcome: Outcome, ratios: list[float]) -> None:
+    """Compare every number that the case checks; the largest ratio comes first in the message."""
+    worst: tuple[float, str] = (0.0, "")
+    for rank, steps in enumerate(expect(case)):
+        answer = outcome.answers[rank]
+        assert answer is not None
+        for index, expected in enumerate(steps):
+            if expected is None:
+                continue
+            where = f"rank {rank}, step {index}"
+            if "num_batches_tracked" in case.checks:
+                _check_count(where, expected, answer.arrays.get(f"{index}/num_batches_tracked"))
+            for name in _NUMERIC:
+                if name in case.checks and name in expected.values:
+                    got = answer.arrays.get(f"{index}/{name}")
+                    found, text = _compare(f"{where}: {name}", got, expected.values[name])
+                    ratios.append(found)
+                    worst = max(worst, (found, text))
+    if worst[0] > THRESHOLD:
+        raise _Failure(worst[1])
+
+
+def _check_count(where: str, expected: Expected, got: npt.NDArray[Any] | None) -> None:
+    found = None if got is None else int(got)
+    _equal(f"{where}: num_batches_tracked", found, expected.num_batches_tracked)
+
+
+def _compare(
+    where: str, got: npt.NDArray[Any] | None, expected: Bounded | None
+) -> tuple[float, str]:
+    if expected is None or got is None:
+        if expected is None and got is None:
+            return 0.0, ""
+        raise _Failure(f"{where} is {'missing' if got is None else 'there, expected none'}")
+    _equal(f"{where}: shape", list(got.shape), list(expected.value.shape))
+    if not got.size:
+        return 0.0, ""
+    ratios = ratio(got, expected)
+    at = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
+    largest = float(ratios[at])
+    place = ", ".join(str(int(i)) for i in at)
+    return largest, (
+        f"{where}[{place}] is {got[at]:.9g}, expected {expected.value[at]:.9g} within "
+        f"{THRESHOLD * expected.bound[at]:.2g}: {largest:.3g} times the bound"
+    )
+
+
+def _equal(what: str, got: Any, expected: Any) -> None:
+    if got != expected:
+        raise _Failure(f"{what} is {got}, expected {expected}")
+
+
+def _show(raised: dict[str, Any]) -> str:
+    return f"{raised['types'][0]}: {raised['message']}"
+
+
+def worst_of(verdicts: list[str]) -> str:
+    """The verdict of a clause from those of its cases."""
+    return min(verdicts, key=VERDICTS.index) if verdicts else "not-run"
+
+
+def required(clause: str, level: str) -> bool:
+    """Whether a clause counts for the exit status."""
+    known = CLAUSES[clause]
+    return known.not_run is None and (level == "decided" or known.documented)

@@ -1,0 +1,58 @@
+"""Ranks as child processes of the controller, on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+class LocalJob:
+    """One child process per rank, each writing to a file of its own."""
+
+    def __init__(
+        self, command: Sequence[str], ranks: int, environment: Mapping[str, str]
+    ) -> None:
+        self._logs = Path(tempfile.mkdtemp(prefix="syncbn-ranks-"))
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+            with self._log(rank).open("wb") as log:
+                process = subprocess.Popen(
+                    command,
+                    env={**os.environ, **environment, **place},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C in a terminal is for the controller alone
+                )
+            self._processes.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def dump_stacks(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGUSR1)
+
+    def ended(self) -> list[int]:
+        return [rank for rank, process in enumerate(self._processes) if process.poll() is not None]
+
+    def output(self, rank: int) -> str:
+        return self._log(rank).read_text(errors="replace")
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        shutil.rmtree(self._logs, ignore_errors=True)
+
+    def _log(self, rank: int) -> Path:
+        return self._logs / f"rank{rank}.log"

@@ -1,0 +1,138 @@
+"""The report as a document: what makes it valid, and how it is read and written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from jsonschema.validators import extend
+
+Report: TypeAlias = dict[str, Any]
+
+SCHEMA: dict[str, Any] = json.loads(
+    Path(__file__).with_name("schema").joinpath("report-1.json").read_bytes()
+)
+
+
+class ReportError(ValueError):
+    """A report that cannot be read, written or believed. The message is one line."""
+
+
+def validate(report: Report) -> None:
+    """Check that a report obeys the schema and does not contradict itself.
+
+    Beyond the schema: a case names a clause of the report, the counts of the summary are those
+    of the clauses and cases, and the verdict is not "pass" while a required clause is not.
+
+    Raises:
+        ReportError: with the place, the value and the rule, as in
+            "clauses[3].verdict: 'passed' is not one of ['pass', 'fail', ...]".
+    """
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA["title"]:
+        name = report.get("schema") if isinstance(report, dict) else report
+        raise ReportError(f"schema: must be {SCHEMA['title']!r}, got {_shorten(repr(name))}")
+    violation = best_match(_Validator(SCHEMA).iter_errors(report))
+    if violation is not None:
+        place = violation.json_path.removeprefix("$").removeprefix(".")
+        prefix = f"{place}: " if place else ""
+        raise ReportError(prefix + _shorten(violation.message))
+    _check_consistency(report)
+
+
+def save(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write a report as UTF-8 JSON; its directory must exist.
+
+    The file appears whole or not at all: whatever interrupts the writing, a report that was there
+    before stays as it was, and no other file is left.
+
+    Raises:
+        ReportError: the report is not valid, or the system refuses, as in
+            "cannot write report to report.json: No space left on device".
+    """
+    validate(report)
+    path = Path(path)
+    # Not tempfile: its files are readable by their owner only, which CI artifacts must not be.
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(report, file, indent=1, allow_nan=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ReportError(f"cannot write report to {path}: {error.strerror or error}") from error
+
+
+def load(path: str | os.PathLike[str]) -> Report:
+    """Read a report and check it.
+
+    Raises:
+        ReportError: there is no such file, it cannot be read, it is not JSON, not a report, one
+            of another version, or not valid.
+    """
+    try:
+        report = json.loads(Path(path).read_bytes(), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise ReportError(f"cannot read report {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{path} is not JSON: {error}") from error
+    try:
+        validate(report)
+    except ReportError as error:
+        raise ReportError(f"{path} is not a valid report: {error}") from error
+    return report
+
+
+def _is_number(_: Any, value: object) -> bool:
+    """Whether JSON can write it as a number, unlike NaN, infinity and NumPy's scalars."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_Validator = extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("number", _is_number),
+)
+
+
+def _check_consistency(report: Report) -> None:
+    clauses, cases, summary = report["clauses"], report["cases"], report["summary"]
+    known = {clause["id"] for clause in clauses}
+    for index, case in enumerate(cases):
+        if case["clause"] not in known:
+            raise ReportError(
+                f"cases[{index}].clause: must be a clause of the report, got {case['clause']!r}"
+            )
+    required = [clause for clause in clauses if clause["required"]]
+    for name, judged in (("required", required), ("cases", cases)):
+        counted = Counter(one["verdict"] for one in judged)
+        for verdict, count in summary[name].items():
+            if count != counted[verdict]:
+                raise ReportError(
+                    f"summary.{name}.{verdict}: must be the count {counted[verdict]}, got {count}"
+                )
+    if summary["verdict"] == "pass" and summary["required"]["pass"] != len(required):
+        raise ReportError(
+            "summary.verdict: must be 'fail' unless every required clause passes, got 'pass'"
+        )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _shorten(message: str, width: int = 300) -> str:
+    """Without its middle, as jsonschema puts the value first and the rule last."""
+    half = width // 2
+    return message if len(message) <= width else f"{message[:half]} ... {message[-half:]}"

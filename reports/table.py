@@ -1,0 +1,171 @@
+"""A report as a table for the terminal."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from reports.document import Report
+
+_STYLES = {
+    "pass": "green",
+    "fail": "bold red",
+    "hang": "bold red",
+    "crash": "bold red",
+    "unsupported": "yellow",
+    "not-run": "yellow",
+}
+_FAILING = ("fail", "hang", "crash")
+_CASES_SHOWN = 3
+_LINES_SHOWN = 6  # of a message, which may hold the stacks of all ranks
+
+
+def summarize(report: Report, console: Console) -> None:
+    """Print a report: what was judged, a row per clause, the failing cases, one last line.
+
+    Fits 80 columns and breaks no title of the contract from 100 on. Only replay commands and the
+    last line may be longer than the console is wide: they are meant to be copied and searched.
+    There are colours only on a terminal. The ratio of a clause is the largest of its cases. A
+    clause marked * does not count for the verdict.
+
+    Args:
+        report: a valid report, as `load` returns it.
+        console: where to print.
+    """
+    failing = {clause["id"]: _failing_cases(report, clause) for clause in report["clauses"]}
+    console.print(_header(report))
+    console.print()
+    console.print(_table(report, failing, console.width))
+    if not all(clause["required"] for clause in report["clauses"]):
+        console.print(Text("* does not count for the verdict", "dim"))
+    for clause in report["clauses"]:
+        if failing[clause["id"]]:
+            console.print()
+            _print_failing(report, clause, failing[clause["id"]], console)
+    console.print()
+    console.print(_last_line(report), soft_wrap=True)
+
+
+def _header(report: Report) -> Table:
+    target, suite = report["target"], report["suite"]
+    commit = f"commit {suite['commit'][:12]}" if suite["commit"] else "commit unknown"
+    dirty = ", with local changes" if suite["dirty"] else ""
+    rows = {
+        "target": f"{target['name']} ({target['framework']}: {target['module']}.{target['class']})",
+        "ranks": f"{report['ranks']}, launcher {report['launcher']}",
+        "backend": target["backend"] or "the target's own",
+        "device": f"{target['device']}, rung {target['rung']}",
+        "profile": f"{report['profile']}, level {report['level']}",
+        "suite": f"{suite['version']}, {commit}{dirty}",
+    }
+    header = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        header.add_row(Text(name, "dim"), Text(value, overflow="fold"))
+    return header
+
+
+def _table(report: Report, failing: dict[str, list[Any]], width: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("clause", no_wrap=True)
+    table.add_column("title", overflow="fold")
+    # The longest origin, "doc, decided", gives way to the titles.
+    table.add_column("origin", max_width=None if width >= 100 else len("decided"))
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("cases", justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
+    for clause in report["clauses"]:
+        title = Text(clause["title"])
+        # The reason of a failing clause stands below, as the message of its first failing case.
+        if clause["reason"] and not failing[clause["id"]]:
+            title.append(f"\n{clause['reason']}", "dim")
+        table.add_row(
+            Text(_mark(clause)),
+            title,
+            clause["origin"],
+            _verdict(clause["verdict"]),
+            str(clause["cases"]),
+            _ratio(clause["worst_ratio"]),
+        )
+    return table
+
+
+def _print_failing(report: Report, clause: Any, cases: list[Any], console: Console) -> None:
+    counts = f" ({len(cases)} of {clause['cases']} cases)"
+    console.print(Text.assemble((f"{_mark(clause)} {clause['title']}", "bold"), counts))
+    for case in cases[:_CASES_SHOWN]:
+        console.print(Padding.indent(_case(case), 2))
+        if case["message"]:
+            console.print(Padding.indent(_message(case["message"]), 4))
+        # Never wrapped here, so that it can be copied whole.
+        console.print(Text(f"    {_replay(report, case)}", "cyan"), soft_wrap=True)
+    if len(cases) > _CASES_SHOWN:
+        console.print(Text(f"  and {len(cases) - _CASES_SHOWN} more", "dim"))
+
+
+def _case(case: Any) -> Text:
+    text = Text.assemble(f"{case['id']} ", _verdict(case["verdict"]))
+    if case["ratio"] is not None:
+        text.append(f", ratio {_ratio(case['ratio'])}")
+    if title := case["spec"].get("title"):
+        text.append(f": {title}")
+    return text
+
+
+def _message(message: str) -> Text:
+    lines = message.splitlines()
+    text = Text("\n".join(lines[:_LINES_SHOWN]), overflow="fold")
+    if len(lines) > _LINES_SHOWN:
+        text.append(f"\nand {len(lines) - _LINES_SHOWN} more lines in the report", "dim")
+    return text
+
+
+def _last_line(report: Report) -> Text:
+    summary, clauses = report["summary"], report["clauses"]
+    verdict = ("FAIL", "bold red") if summary["verdict"] == "fail" else ("pass", "bold green")
+    line = Text.assemble(
+        verdict,
+        f": {summary['required']['pass']} of {sum(summary['required'].values())} required clauses",
+        " pass" if summary["verdict"] == "fail" else "",
+        f", {sum(summary['cases'].values())} cases in {_duration(report['seconds'])}",
+    )
+    for name in _STYLES:
+        ids = [_mark(clause) for clause in clauses if clause["verdict"] == name]
+        if ids and name != "pass":
+            line.append(f"; {name.replace('-', ' ')}: {', '.join(ids)}")
+    return line
+
+
+def _failing_cases(report: Report, clause: Any) -> list[Any]:
+    return [
+        case
+        for case in report["cases"]
+        if case["clause"] == clause["id"] and case["verdict"] in _FAILING
+    ]
+
+
+def _replay(report: Report, case: Any) -> str:
+    target = shlex.quote(report["target"]["name"])
+    return f"python -m conformance replay {case['id']} --target {target} --ranks {report['ranks']}"
+
+
+def _mark(clause: Any) -> str:
+    return clause["id"] if clause["required"] else f"{clause['id']}*"
+
+
+def _verdict(name: str) -> Text:
+    return Text(name.replace("-", " "), _STYLES[name])
+
+
+def _ratio(ratio: float | str | None) -> str:
+    return "" if ratio is None else f"{float(ratio):#.3g}".rstrip(".")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes >= 2 else f"{seconds:.3g} s"
