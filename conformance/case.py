@@ -121,7 +121,8 @@ class Case:
 
     @property
     def num_features(self) -> int:
-        return int(self.layer["num_features"])
+        given = self.layer["num_features"]
+        return int(given["value"] if isinstance(given, dict) else given)
 
     @property
     def eps(self) -> float:

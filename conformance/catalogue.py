@@ -146,8 +146,6 @@ def _refused(clause: str, ranks: int, error: str, **layer: Any) -> Case:
 def _accepted(clause: str, ranks: int, layer: dict[str, Any]) -> Case:
     (name, value), *_ = layer.items()
     title = f"{name}={value!r} is accepted"
-    if isinstance(value, dict):
-        value = value["value"]
     return case(clause, title, ranks, layer=layer, checks=("parameters",), state="initial")
 
 

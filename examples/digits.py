@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -54,24 +55,28 @@ def shard(batch: Tensor, rank: int, ranks: int) -> Tensor:
     return batch[start:end]
 
 
+class Plan(NamedTuple):
+    """What every process is told: images (N, 1, 8, 8), labels (N,), and how long to train."""
+
+    images: Tensor
+    labels: Tensor
+    epochs: int
+    steps: int | None  # of an epoch; None for all
+
+
 def train(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    epochs: int,
-    steps: int | None,
-    rank: int = 0,
-    ranks: int = 1,
+    model: nn.Module, dtype: torch.dtype, plan: Plan, rank: int = 0, ranks: int = 1
 ) -> list[State]:
     """Train on this rank's shard of every batch; the state after each epoch.
 
     With one rank, the shard is the batch: this is the single process, too.
     """
+    images, labels = plan.images.to(dtype), plan.labels
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     history = []
-    for epoch in range(epochs):
+    for epoch in range(plan.epochs):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
-        for batch in islice(order.split(BATCH), steps):
+        for batch in islice(order.split(BATCH), plan.steps):
             mine = shard(batch, rank, ranks)
             # Wanted is the gradient of the mean over the global batch, which is the sum over all
             # ranks of loss_sum / len(batch). DistributedDataParallel does not sum over ranks, it
@@ -86,25 +91,15 @@ def train(
     return history
 
 
-def run_rank(
-    rank: int,
-    ranks: int,
-    dtypes: list[str],
-    images: Tensor,
-    labels: Tensor,
-    epochs: int,
-    steps: int | None,
-    folder: Path,
-) -> None:
-    """One rank, a process of its own; rank 0 leaves the histories in the folder."""
+def run_rank(rank: int, ranks: int, dtypes: list[str], plan: Plan, folder: Path) -> None:
+    """One rank, a process of its own; rank 0 leaves its histories in the folder."""
     torch.set_num_threads(1)
     meeting_point = (folder / "ranks").as_uri()
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=ranks)
     histories = {}
     for name in dtypes:
-        dtype = DTYPES[name]
-        model = DistributedDataParallel(network(SyncBatchNorm, dtype))
-        histories[name] = train(model, images.to(dtype), labels, epochs, steps, rank, ranks)
+        model = DistributedDataParallel(network(SyncBatchNorm, DTYPES[name]))
+        histories[name] = train(model, DTYPES[name], plan, rank, ranks)
     if rank == 0:
         torch.save(histories, folder / "histories")
     dist.destroy_process_group()
@@ -195,21 +190,22 @@ def main() -> int:
 
     torch.set_num_threads(1)
     images, labels = load_images()
-    training = images[:-TEST_IMAGES], labels[:-TEST_IMAGES], args.epochs, args.steps
+    plan = Plan(images[:-TEST_IMAGES], labels[:-TEST_IMAGES], args.epochs, args.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.multiprocessing.spawn(
-            run_rank, (args.ranks, args.dtype, training, folder), nprocs=args.ranks
+            run_rank, (args.ranks, args.dtype, plan, folder), nprocs=args.ranks
         )
         histories = torch.load(folder / "histories")
 
-    good = True
+    verdicts = []
     for name in args.dtype:
         dtype = DTYPES[name]
+        single = train(network(nn.BatchNorm2d, dtype), dtype, plan)
         print(f"\n{name} on {args.ranks} ranks")
-        single = train(network(nn.BatchNorm2d, dtype), )
-        good &= report()
-    return 0 if good else 1
+        test = images[-TEST_IMAGES:].to(dtype), labels[-TEST_IMAGES:]
+        verdicts.append(report(histories[name], single, *test))
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":
