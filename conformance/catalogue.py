@@ -72,7 +72,9 @@ def affine(ranks: int) -> Iterator[Case]:
 
 def tracking(ranks: int) -> Iterator[Case]:
     for on in (True, False):
-        yield _constructed("CTOR-3", f"track_running_stats={on}", ranks, {"track_running_stats": on})
+        yield _constructed(
+            "CTOR-3", f"track_running_stats={on}", ranks, {"track_running_stats": on}
+        )
 
 
 def dtypes(ranks: int) -> Iterator[Case]:

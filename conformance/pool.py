@@ -232,7 +232,9 @@ class RankPool:
         output = "\n".join(self._job.output(rank) for rank in ranks)
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         # In a stack dump the main thread comes last, innermost frame first.
-        dumps = [i for i, line in enumerate(lines) if line.startswith(("Thread ", "Current thread"))]
+        dumps = [
+            i for i, line in enumerate(lines) if line.startswith(("Thread ", "Current thread"))
+        ]
         shown = lines[dumps[-1] + 1 :][:2] if dumps else lines[-2:]
         names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         return f"{names} {how}" + (f" ({' / '.join(shown)})" if shown else "")

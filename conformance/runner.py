@@ -18,7 +18,6 @@ from conformance import catalogue, verdict
 from conformance.case import Case
 from conformance.clauses import CLAUSES
 from conformance.pool import RankPool
-from conformance.targets import Target
 from conformance.verdict import Verdict
 
 _RANK_IDS = "the target takes a ProcessGroup, whose rank ids are torch's to check"
@@ -43,9 +42,7 @@ def run_case(pool: RankPool, case: Case) -> Result:
     return Result(case, found, time.monotonic() - start)
 
 
-def run(
-    pool: RankPool, cases: Sequence[Case], progress: Callable[[Result], None]
-) -> list[Result]:
+def run(pool: RankPool, cases: Sequence[Case], progress: Callable[[Result], None]) -> list[Result]:
     """Ask all cases in their order, and call `progress` after each."""
     results = []
     for case in cases:

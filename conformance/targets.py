@@ -66,4 +66,6 @@ def parse(name: str, device: str = "cpu", backend: str | None = None) -> Target:
         target = Target(name, framework, module, cls)
     if backend is not None and not target.has_backends:
         raise TargetError(f"backend must not be given, target {name} has none, got {backend!r}")
+    if target.has_backends and backend is None:
+        backend = "auto"
     return replace(target, device=device, backend=backend)

@@ -66,8 +66,7 @@ def judge(case: Case, outcome: Outcome) -> Verdict:
         return Verdict("crash", None, outcome.details)
     if outcome.hung:
         return Verdict("hang", None, outcome.details)
-    ratios = [0.0]
-    numeric = any(check in _NUMERIC for check in case.checks)
+    ratios: list[float] = []
     try:
         for rank, answer in enumerate(outcome.answers):
             assert answer is not None
@@ -78,8 +77,8 @@ def judge(case: Case, outcome: Outcome) -> Verdict:
             _check_facts(case, outcome)
             _check_numbers(case, outcome, ratios)
     except _Failure as failure:
-        return Verdict("fail", max(ratios) if numeric else None, str(failure))
-    return Verdict("pass", max(ratios) if numeric else None)
+        return Verdict("fail", max(ratios, default=None), str(failure))
+    return Verdict("pass", max(ratios, default=None))
 
 
 def ratio(got: npt.NDArray[Any], expected: Bounded) -> npt.NDArray[np.float64]:

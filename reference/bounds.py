@@ -31,6 +31,7 @@ k = s^2 X / n, and A = mean|x|:
     k    dk = s^2 dX / n + |k| (2 ds + 4u)
     dx   |g| s (dS / n + |d| dk + |k| dm + 4u (|dy| + |S| / n + |k| (|x| + |m|)))
              + |dx| (ds + 3u)                                                               (d)
+         |dx| (ds + 2u) in eval, where dx = g s dy
     r    (1 - f) dr + f db + 2u (|(1 - f) r| + |f b|)        running statistic, f = momentum
 
 Each value is then rounded to its dtype: u_o |value| + half the smallest subnormal.
@@ -187,6 +188,11 @@ def of_dx(
     return column(np.abs(weight) * scale.value) * inner + column(scale.relative + 3 * u) * np.abs(
         dx
     )
+
+
+def of_constant_statistics_dx(dx: Array, scale: Scale, u: float) -> Array:
+    """The bound of dx = g s dy, statistics being constants, before it is rounded to its dtype."""
+    return column(scale.relative + 2 * u) * np.abs(dx)
 
 
 def of_running(old: Bounded, batch: Bounded, momentum: float, u: float) -> Array:

@@ -54,12 +54,16 @@ def input_gradient(
     """dx = weight s (dy - sum_dy / n - (x - mean) s^2 sum_dy_xmu / n), s = 1 / sqrt(var + eps).
 
     The second and third term come from mean and var, which depend on every value of the group.
-    With statistics that do not depend on x (eval), both sums are 0.
     """
     s = 1 / np.sqrt(var + eps)
     through_mean = column(sum_dy / n)
     through_var = (x - column(mean)) * column(s**2 * sum_dy_xmu / n)
     return column(weight * s) * (dy - through_mean - through_var)
+
+
+def constant_statistics_gradient(dy: Array, var: Array, eps: float, weight: Array) -> Array:
+    """dx = weight s dy, where mean and var do not depend on x (eval)."""
+    return column(weight / np.sqrt(var + eps)) * dy
 
 
 def unbiased(var: Array, n: int) -> Array:

@@ -177,11 +177,10 @@ class SyncBatchNorm:
 
     def _dx(self, one: _Pass, dy: Array, scale: bounds.Scale) -> Bounded:
         mean, var, n = one.stats.mean.value, one.stats.var.value, max(one.stats.n, 1)
-        if one.of_batch:
-            sums = self._sums(dy, one.x, one.stats.mean, ranks=len(one.shapes))
-        else:
-            zero = Bounded(np.zeros(len(dy)), np.zeros(len(dy)))
-            sums = (zero, zero)
+        if not one.of_batch:
+            dx = formulas.constant_statistics_gradient(dy, var, self.eps, self.weight)
+            return Bounded(dx, bounds.of_constant_statistics_dx(dx, scale, self._u))
+        sums = self._sums(dy, one.x, one.stats.mean, ranks=len(one.shapes))
         stats = Statistics(one.stats.mean, one.stats.var, n)
         dx = formulas.input_gradient(
             dy, one.x, mean, var, self.eps, self.weight, sums[0].value, sums[1].value, n

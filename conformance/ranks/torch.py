@@ -57,9 +57,7 @@ class TorchRank:
         if self.rank != 0:
             self.store = dist.TCPStore("127.0.0.1", port, self.ranks, False)
         backend = _COLLECTIVES[self.device.type]
-        dist.init_process_group(
-            backend, store=self.store, rank=self.rank, world_size=self.ranks
-        )
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.ranks)
 
     def run(self, case: Case) -> tuple[dict[str, Any], Arrays]:
         answer: dict[str, Any] = {"steps": []}

@@ -149,24 +149,21 @@ class _Normalize(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         backend: Backend = ctx.backend
         x_rows, dy_rows = _canonical(x, like=x), _canonical(dy, like=x)
-        sums = mean.new_zeros(2, mean.numel())
-        if x.numel():
-            sums.copy_(torch.stack(backend.reduce_grad(dy_rows, x_rows, mean)))
+        zero = torch.zeros_like(mean)
+        sums = backend.reduce_grad(dy_rows, x_rows, mean) if x.numel() else (zero, zero)
         grad_weight = (sums[1] * invstd).to(weight.dtype) if wants_weight else None
         grad_bias = sums[0].to(bias.dtype) if wants_bias else None
-        if n is None:
-            sums, n = torch.zeros_like(sums), mean.new_ones(())
-        else:
-            # Also when this rank wants no dx: the others wait for its sums.
-            sums = ctx.ranks.all_reduce(sums)
-        dx = None
-        if wants_x:
+        if n is not None:
+            # Also if this rank wants no dx: the others wait for its sums.
+            sums = ctx.ranks.all_reduce(torch.stack(sums).to(mean.dtype)).unbind(0)
+        if not wants_x:
+            dx = None
+        elif not x.numel():
             dx = torch.empty_like(x)
-            if x.numel():
-                rows = backend.input_grad(
-                    dy_rows, x_rows, mean, invstd, weight, sums[0], sums[1], n
-                )
-                dx = _restore(rows, x)
+        elif n is None:
+            dx = _restore(backend.normalize(dy_rows, zero, invstd, weight, None), x)
+        else:
+            dx = _restore(backend.input_grad(dy_rows, x_rows, mean, invstd, weight, *sums, n), x)
         return dx, grad_weight, grad_bias, None, None, None, None, None
 
 
