@@ -75,8 +75,8 @@ def round_to(values: Any, dtype: str) -> Array:
     """The float64 values of `dtype` nearest to the given ones (ties to even)."""
     if dtype == "bfloat16":
         bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return bits.astype(np.uint32).view(np.float32).astype(np.float64)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return nearest.astype(np.uint32).view(np.float32).astype(np.float64)
     return np.asarray(values).astype(dtype).astype(np.float64)
 
 

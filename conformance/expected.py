@@ -37,7 +37,10 @@ def expect(case: Case) -> list[list[Expected | None]]:
                 case.affine,
                 case.track_running_stats,
                 dtype=case.parameter_dtype,
-                **state,
+                weight=state.get("weight"),
+                bias=state.get("bias"),
+                running_mean=state.get("running_mean"),
+                running_var=state.get("running_var"),
             )
             for index in range(len(case.steps)):
                 for rank, expected in _step(case, layer, group, index).items():

@@ -14,9 +14,7 @@ from pathlib import Path
 class LocalJob:
     """One child process per rank, each writing to a file of its own."""
 
-    def __init__(
-        self, command: Sequence[str], ranks: int, environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
         self._logs = Path(tempfile.mkdtemp(prefix="syncbn-ranks-"))
         self._processes: list[subprocess.Popen[bytes]] = []
         for rank in range(ranks):

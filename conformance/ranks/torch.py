@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 from torch.utils.checkpoint import checkpoint
 
 from conformance import data
@@ -40,14 +41,14 @@ class TorchRank:
         self.rank_ids = target["rank_ids"]
         self.cls = _find(target["module"], target["cls"])
         self.cls(1)  # a target that cannot even do this is not worth a run
-        self.store: dist.TCPStore | None = None
+        self.store: TCPStore | None = None
         self.groups: dict[tuple[int, ...], Any] = {}
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, "collectives": _COLLECTIVES[self.device.type]}
 
     def host(self) -> int:
-        self.store = dist.TCPStore("127.0.0.1", 0, self.ranks, True, wait_for_workers=False)
+        self.store = TCPStore("127.0.0.1", 0, self.ranks, True, wait_for_workers=False)
         return self.store.port
 
     def join(self, port: int) -> None:
@@ -55,7 +56,7 @@ class TorchRank:
             dist.destroy_process_group()
         self.groups = {}
         if self.rank != 0:
-            self.store = dist.TCPStore("127.0.0.1", port, self.ranks, False)
+            self.store = TCPStore("127.0.0.1", port, self.ranks, False)
         backend = _COLLECTIVES[self.device.type]
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.ranks)
 
