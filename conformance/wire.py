@@ -28,7 +28,7 @@ def send(
     content: dict[str, Any],
     arrays: dict[str, npt.NDArray[Any]] | None = None,
 ) -> None:
-    arrays = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
     described = [[name, str(a.dtype), a.shape] for name, a in arrays.items()]
     header = json.dumps({"content": content, "arrays": described}).encode()
     parts = [struct.pack("<I", len(header)), header, *(a.tobytes() for a in arrays.values())]

@@ -69,7 +69,7 @@ class SyncBatchNorm(_BatchNorm):
     ) -> None:
         check_arguments(num_features, eps, momentum, affine, track_running_stats)
         check_dtype(dtype, FLOATING)
-        backends.check_name(backend)
+        backends.load(backend)  # to refuse one that is not there before the first step
         super().__init__(
             int(num_features),
             eps,

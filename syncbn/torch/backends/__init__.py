@@ -63,17 +63,17 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
-def check_name(name: object) -> None:
-    """Raise ValueError unless name is "auto" or the name of a backend."""
+def load(name: str) -> Backend:
+    """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else composed.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    source = "backend"
+    if name == "auto":
+        source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
     if name != "auto" and name not in _MODULES:
         known = ", ".join(["auto", *_MODULES])
-        raise ValueError(f"backend must be one of {known}, got {name!r}")
-
-
-def load(name: str) -> Backend:
-    """The backend of that name; "auto" stands for SYNCBN_BACKEND if that is set, else composed."""
-    if name == "auto":
-        name = os.environ.get("SYNCBN_BACKEND", "auto")
-    check_name(name)
+        raise ValueError(f"{source} must be one of {known}, got {name!r}")
     module = importlib.import_module(_MODULES["composed" if name == "auto" else name])
     return cast(Backend, module)
