@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import reports
-from conformance import catalogue, runner, targets
+from conformance import runner, targets
 from conformance.case import Case, CaseError, load
+from conformance.cases import PROFILES, catalogue
 from conformance.clauses import CLAUSES
 from conformance.pool import RankPool
 from conformance.runner import Result
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     target = targets.parse(options.target, options.device, options.backend)
-    cases = catalogue.cases(options.ranks, options.profile)
+    cases = catalogue(options.ranks, options.profile)
     out = options.out or _OUT / target.name.replace(":", "-").replace("/", "-")
     _make_directory(out)
     start = time.monotonic()
@@ -87,7 +88,7 @@ def _with_progress(pool: RankPool, cases: list[Case]) -> list[Result]:
 
 
 def _list(options: argparse.Namespace) -> int:
-    for case in catalogue.cases(options.ranks, options.profile):
+    for case in catalogue(options.ranks, options.profile):
         print(f"{case.id}  {case.clause:<8}  {case.title}")
     return 0
 
@@ -126,7 +127,7 @@ def _find(wanted: str, ranks: int) -> Case:
             return load(json.loads(path.read_text()))
         except ValueError as error:
             raise UsageError(f"{path} holds no case: {error}") from error
-    for case in catalogue.cases(ranks):
+    for case in catalogue(ranks):
         if case.id == wanted:
             return case
     raise UsageError(
@@ -167,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--ranks", type=_positive, default=4, help="default 4")
 
     def add_profile(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--profile", default="full", choices=catalogue.PROFILES)
+        sub.add_argument("--profile", default="full", choices=PROFILES)
 
     run = add("run", _run, "Judge a target, clause by clause.")
     for more in (add_target, add_ranks, add_profile):

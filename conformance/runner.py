@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 import syncbn
-from conformance import catalogue, verdict
+from conformance import verdict
 from conformance.case import Case
+from conformance.cases import why_none
 from conformance.clauses import CLAUSES
 from conformance.pool import RankPool
 from conformance.verdict import Verdict
@@ -106,7 +107,7 @@ def _clause(name: str, results: Sequence[Result], ranks: int, level: str) -> dic
     with_ratio = [result for result in mine if result.verdict.ratio is not None]
     worst = max(with_ratio, key=lambda result: result.verdict.ratio or 0.0, default=None)
     reasons = [result.verdict.message for result in mine if result.verdict.verdict == found]
-    reason = next(filter(None, reasons), None) if mine else catalogue.why_none(name, ranks)
+    reason = next(filter(None, reasons), None) if mine else why_none(name, ranks)
     return {
         "id": name,
         "title": known.title,

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conformance import catalogue, runner
+from conformance import runner
 from conformance.case import Case, Data, Step
+from conformance.cases import catalogue
+from conformance.cases.build import ALL
 from conformance.clauses import CLAUSES
 from conformance.pool import RankPool
 from conformance.tests.conftest import RANKS
 
-CASES = catalogue.cases(RANKS)
+CASES = catalogue(RANKS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.clause}-{case.id}")
@@ -65,7 +67,7 @@ def test_random_sequences_of_steps(
         "track_running_stats": tracking,
         "momentum": momentum,
     }
-    checks = (*catalogue.ALL, "num_batches_tracked", "format", "input_unmodified", "ranks_agree")
+    checks = (*ALL, "num_batches_tracked", "format", "input_unmodified", "ranks_agree")
     case = Case("NUM-1", "random", RANKS, layer, tuple(sequence), checks, seed=seed)
     found = runner.run_case(pool, case).verdict
     assert found.verdict == "pass", f"{found.message} in {case.document}"
@@ -73,15 +75,15 @@ def test_random_sequences_of_steps(
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 def test_ids_are_unique_and_stable(ranks: int) -> None:
-    ids = [case.id for case in catalogue.cases(ranks)]
+    ids = [case.id for case in catalogue(ranks)]
     assert len(set(ids)) == len(ids)
-    assert ids == [case.id for case in catalogue.cases(ranks)]
+    assert ids == [case.id for case in catalogue(ranks)]
 
 
 def test_every_clause_has_cases_or_a_reason_for_none() -> None:
-    asked = {case.clause for case in catalogue.cases(4)}
+    asked = {case.clause for case in catalogue(4)}
     assert asked == {name for name, clause in CLAUSES.items() if clause.not_run is None}
-    assert {case.clause for case in catalogue.cases(4, "smoke")} == asked
+    assert {case.clause for case in catalogue(4, "smoke")} == asked
 
 
 def test_the_contract_is_that_of_the_documentation() -> None:

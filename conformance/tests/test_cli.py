@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import reports
-from conformance import catalogue
 from conformance.__main__ import main
+from conformance.cases import catalogue
 
 PLANTED = "torch:conformance/tests/planted.py"
 
@@ -33,7 +33,7 @@ def test_our_layer_passes_and_the_report_says_so(
     report = reports.load(out / "report.json")
     assert report["target"]["rung"] == "device"
     assert report["summary"]["verdict"] == "pass"
-    assert {case["id"] for case in report["cases"]} == {c.id for c in catalogue.cases(2, "smoke")}
+    assert {case["id"] for case in report["cases"]} == {c.id for c in catalogue(2, "smoke")}
     shown = capsys.readouterr().out
     assert "42 of 42 required clauses" in shown
     assert str(out / "report.json") in shown
@@ -70,9 +70,7 @@ def test_torch_fails_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["run", "--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
-def test_bad_options(
-    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_options(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
@@ -115,7 +113,7 @@ def test_a_report_that_cannot_be_written(
 def test_list_show_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--ranks", "2", "--profile", "smoke"]) == 0
     listed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    assert [clause for _, clause in listed] == [c.clause for c in catalogue.cases(2, "smoke")]
+    assert [clause for _, clause in listed] == [c.clause for c in catalogue(2, "smoke")]
     wanted = next(case_id for case_id, clause in listed if clause == "GRAD-1")
     assert main(["show", wanted, "--ranks", "2"]) == 0
     document = json.loads(capsys.readouterr().out)

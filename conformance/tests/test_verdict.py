@@ -11,6 +11,7 @@ import pytest
 
 from conformance import data, verdict
 from conformance.case import Case, ExpectedError, Step
+from conformance.cases import catalogue
 from conformance.expected import expect
 from conformance.pool import Outcome
 from conformance.verdict import THRESHOLD, judge, ratio
@@ -36,7 +37,7 @@ def right_answers() -> list[Message]:
         arrays["0/num_batches_tracked"] = np.array(expected.num_batches_tracked)
         arrays |= {f"initial/{n}": np.full(3, float(n in ("weight", "running_var"))) for n in NAMES}
         arrays["initial/num_batches_tracked"] = np.array(0)
-        form = {"shape": list(STEP.shapes[rank]), "dtype": "float32"}
+        form: dict[str, Any] = {"shape": list(STEP.shapes[rank]), "dtype": "float32"}
         form |= {"contiguous": True, "channels_last": False}
         content: dict[str, Any] = {
             "signature": dict(verdict._DOCUMENTED),
@@ -205,7 +206,8 @@ def test_an_error_of_one_rank_must_reach_all(
 )
 def test_a_constructor_must_raise_the_named_error(types: list[str] | None, verdict_: str) -> None:
     case = Case("ERR-1", "refused", 1, {"num_features": 2.5}, error="TypeError")
-    content = {"steps": []} | ({"error": {"types": types, "message": "m"}} if types else {})
+    content: dict[str, Any] = {"steps": []}
+    content |= {"error": {"types": types, "message": "m"}} if types else {}
     assert judge(case, Outcome([Message(content, {})])).verdict == verdict_
 
 
@@ -219,9 +221,7 @@ def test_ratio_of_special_values() -> None:
 
 def test_no_bound_of_the_suite_is_vacuous() -> None:
     """A finite reference value with an infinite bound would let anything pass."""
-    from conformance import catalogue
-
-    for case in catalogue.cases(3):
+    for case in catalogue(3):
         if case.error is not None or not case.steps or case.deadline > 100:
             continue
         for rank, steps in enumerate(expect(case)):

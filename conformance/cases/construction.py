@@ -1,0 +1,112 @@
+"""How the layer is built: CTOR-1 to CTOR-5, and the arguments that it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from conformance.case import Step
+from conformance.cases.build import Draft, asks, case, uneven
+
+
+@asks("CTOR-1")
+def constructors(ranks: int) -> Iterator[Draft]:
+    yield case("signature", checks=("signature",), state="initial")
+
+
+@asks("CTOR-2")
+def affine(ranks: int) -> Iterator[Draft]:
+    for on in (True, False):
+        yield _constructed(f"affine={on}", {"affine": on})
+
+
+@asks("CTOR-3")
+def tracking(ranks: int) -> Iterator[Draft]:
+    for on in (True, False):
+        yield _constructed(f"track_running_stats={on}", {"track_running_stats": on})
+
+
+@asks("CTOR-4")
+def dtypes(ranks: int) -> Iterator[Draft]:
+    for dtype in (None, "float32", "float16", "bfloat16", "float64"):
+        yield _constructed(f"dtype={dtype}", {"dtype": dtype})
+
+
+@asks("CTOR-5")
+def checkpoints(ranks: int) -> Iterator[Draft]:
+    for on in (True, False):
+        layer = {"affine": on, "track_running_stats": on}
+        yield case(
+            f"state_dict, affine and tracking {on}",
+            layer=layer,
+            checks=("state_names",),
+            state="initial",
+        )
+    loaded = Step(uneven(ranks, 3, 4), mode="eval", backward=False)
+    yield case("a BatchNorm's state_dict decides eval", loaded, checks=("y",))
+
+
+@asks("ERR-1")
+def wrong_num_features(ranks: int) -> Iterator[Draft]:
+    for value in (3.0, "3", None, True, [3]):
+        yield _refused("TypeError", num_features=value)
+    integer = {"num_features": {"numpy": "int64", "value": 4}}
+    yield _accepted(integer)
+
+
+@asks("ERR-2")
+def wrong_eps(ranks: int) -> Iterator[Draft]:
+    for value in (1, "1e-5", None, True):
+        yield _refused("TypeError", eps=value)
+
+
+@asks("ERR-3")
+def too_few_features(ranks: int) -> Iterator[Draft]:
+    for value in (0, -1):
+        yield _refused("ValueError", num_features=value)
+
+
+@asks("ERR-4")
+def momentum_range(ranks: int) -> Iterator[Draft]:
+    for value in (1.5, -0.1, {"float": "nan"}):
+        yield _refused("ValueError", momentum=value)
+    for limit in (0, 1, 0.0, 1.0, None):
+        yield _accepted({"momentum": limit})
+
+
+@asks("ERR-5")
+def rank_ids(ranks: int) -> Iterator[Draft]:
+    for value in ([0, ranks], [-1, 0]):
+        yield _refused("ValueError", process_group=value)
+
+
+@asks("ERR-8")
+def wrong_arguments(ranks: int) -> Iterator[Draft]:
+    for error, arguments in (
+        ("TypeError", {"momentum": "0.1"}),
+        ("TypeError", {"momentum": True}),
+        ("TypeError", {"affine": 1}),
+        ("TypeError", {"affine": None}),
+        ("TypeError", {"track_running_stats": "yes"}),
+        ("TypeError", {"dtype": "float33"}),
+        ("TypeError", {"dtype": "int32"}),
+        ("ValueError", {"eps": -1e-5}),
+        ("ValueError", {"eps": {"float": "nan"}}),
+    ):
+        yield _refused(error, **arguments)
+
+
+def _constructed(title: str, layer: dict[str, Any]) -> Draft:
+    checks = ("parameters", "initial_values")
+    return case(title, layer=layer, checks=checks, state="initial")
+
+
+def _refused(error: str, **layer: Any) -> Draft:
+    (name, value), *_ = layer.items()
+    return case(f"{name}={value!r}", layer=layer, error=error)
+
+
+def _accepted(layer: dict[str, Any]) -> Draft:
+    (name, value), *_ = layer.items()
+    title = f"{name}={value!r} is accepted"
+    return case(title, layer=layer, checks=("parameters",), state="initial")

@@ -1,0 +1,60 @@
+"""Errors in a step: ERR-6, ERR-7, ERR-9."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from conformance.case import ExpectedError, Step
+from conformance.cases.build import MOVED, Draft, asks, case, even, uneven
+
+
+@asks("ERR-6")
+def wrong_shapes(ranks: int) -> Iterator[Draft]:
+    everyone = ExpectedError("ValueError", tuple(range(ranks)))
+    for title, shape in (
+        ("1 dimension", (3,)),
+        ("0 channels", (4, 0, 5)),
+        ("2 channels for 3", (4, 2, 5)),
+    ):
+        for mode in ("train", "eval"):
+            step = Step(even(ranks, *shape), mode=mode, backward=False, error=everyone)
+            yield case(f"{title}, {mode}", step, checks=MOVED)
+
+
+@asks("ERR-7")
+def single_value(ranks: int) -> Iterator[Draft]:
+    everyone = ExpectedError("ValueError", tuple(range(ranks)))
+    for rest in ((3,), (3, 1, 1)):
+        shapes = ((1, *rest), *even(ranks - 1, 0, *rest))
+        step = Step(shapes, error=everyone)
+        yield case(f"one value, {len(rest) + 1} dimensions", step, checks=MOVED)
+    if ranks > 1:
+        step = Step(even(ranks, 1, 3))
+        yield case("one value on each rank is enough", step, checks=("y",))
+
+
+@asks("ERR-9")
+def failing_together(ranks: int) -> Iterator[Draft]:
+    if ranks < 2:
+        return
+    good = Step(uneven(ranks, 3, 4))
+    last = ranks - 1
+    for title, at, shape in (
+        ("rank 0 has 2 channels for 3", (0,), (2, 2, 4)),
+        ("the last rank has 4 channels for 3", (last,), (2, 4, 4)),
+        ("the last rank has 1 dimension", (last,), (3,)),
+        ("the first and the last rank have 2 channels", (0, last), (2, 2, 4)),
+    ):
+        shapes = tuple(shape if r in at else one for r, one in enumerate(good.shapes))
+        bad = Step(shapes, error=ExpectedError("Exception", at))
+        yield case(title, good, bad, good, checks=("y", *MOVED))
+    integers = tuple("int64" if rank == 1 else "float32" for rank in range(ranks))
+    bad = Step(good.shapes, dtype=integers, error=ExpectedError("Exception", (1,)))
+    yield case("rank 1 has integers", bad, good, checks=("y", *MOVED))
+    if ranks > 3:
+        halves = (tuple(range(ranks // 2)), tuple(range(ranks // 2, ranks)))
+        shapes = ((2, 2, 4), *good.shapes[1:])
+        bad = Step(shapes, error=ExpectedError("Exception", (0,)))
+        yield case(
+            "one group fails, the other goes on", bad, good, groups=halves, checks=("y", *MOVED)
+        )

@@ -1,0 +1,105 @@
+"""The output of training: FWD-1 to FWD-7."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from conformance.case import Data, Step
+from conformance.cases.build import (
+    Draft,
+    Shapes,
+    asks,
+    case,
+    empty_patterns,
+    even,
+    groupings,
+    holes,
+    ragged,
+    uneven,
+)
+
+
+@asks("FWD-1")
+def forward(ranks: int) -> Iterator[Draft]:
+    def one(title: str, shapes: Shapes, seed: int = 0, **layer: Any) -> Draft:
+        step = Step(shapes, backward=False)
+        return case(title, step, layer=layer, checks=("y",), seed=seed)
+
+    for seed in range(3):
+        yield one(f"images, seed {seed}", even(ranks, 4, 3, 5, 6), seed)
+    yield one("matrices", even(ranks, 6, 3))
+    yield one("affine=False", even(ranks, 4, 3, 7), affine=False)
+    yield one("eps=0.1", even(ranks, 4, 3, 7), eps=0.1)
+    yield one("eps=0.0", even(ranks, 4, 3, 7), eps=0.0)
+    for channels in (1, 64, 65, 257):
+        yield one(f"{channels} channels", even(ranks, 2, channels, 5), num_features=channels)
+
+
+@asks("FWD-2")
+def dimensions(ranks: int) -> Iterator[Draft]:
+    checks = ("y", "format", "input_unmodified")
+    for spatial in ((), (5,), (5, 4), (3, 4, 2), (2, 3, 1, 2)):
+        for mode in ("train", "eval"):
+            step = Step(uneven(ranks, 3, *spatial), mode=mode)
+            yield case(f"{len(spatial) + 2} dimensions, {mode}", step, checks=checks)
+    for spatial in ((5,), (5, 4), (3, 4, 2)):
+        step = Step(uneven(ranks, 3, *spatial), layout="channels_last")
+        yield case(f"{len(spatial) + 2} dimensions, channels_last", step, checks=checks)
+
+
+@asks("FWD-3")
+def uneven_shards(ranks: int) -> Iterator[Draft]:
+    big = tuple((16 if rank == 0 else 1, 3, 6) for rank in range(ranks))
+    for title, shapes in (
+        ("batch sizes", uneven(ranks, 3, 5, 4)),
+        ("batch sizes of matrices", uneven(ranks, 3)),
+        ("batch and spatial sizes", ragged(ranks, 3)),
+        ("16 images on rank 0, 1 elsewhere", big),
+        ("spatial sizes", tuple((2, 3, 1 + 2 * rank) for rank in range(ranks))),
+    ):
+        step = Step(shapes, backward=False)
+        yield case(title, step, checks=("y",))
+
+
+@asks("FWD-4")
+def empty_shards(ranks: int) -> Iterator[Draft]:
+    for title, empty in empty_patterns(ranks):
+        for rest in ((3,), (3, 4, 3)):
+            step = Step(holes(ranks, empty, *rest), backward=False)
+            yield case(f"{title}, {len(rest) + 1} dimensions", step, checks=("y", "format"))
+    for dtype in ("float16", "bfloat16"):
+        step = Step(holes(ranks, {0}, 3, 4), dtype=dtype, backward=False)
+        yield case(f"rank 0 is empty, {dtype}", step, checks=("y", "format"))
+
+
+@asks("FWD-5")
+def groups(ranks: int) -> Iterator[Draft]:
+    for title, grouping in groupings(ranks):
+        step = Step(uneven(ranks, 3, 5), backward=False)
+        yield case(title, step, groups=grouping, checks=("y",))
+
+
+@asks("FWD-6")
+def partitions(ranks: int) -> Iterator[Draft]:
+    total = 6 * ranks
+    skewed = [1] * (ranks - 1) + [total - ranks + 1]
+    for title, batches in (
+        ("even cut", [6] * ranks),
+        ("skewed cut", skewed),
+        ("all on rank 0", [total] + [0] * (ranks - 1)),
+    ):
+        shapes = tuple((batch, 3, 4) for batch in batches)
+        step = Step(shapes, x=Data(shared=True, ratio=10.0))
+        yield case(title, step, checks=("y", "grad_input"))
+
+
+@asks("FWD-7")
+def layouts(ranks: int) -> Iterator[Draft]:
+    for spatial in ((5,), (5, 4), (3, 4, 2)):
+        for layout in ("channels_last", "permuted", "sliced", "expanded"):
+            step = Step(uneven(ranks, 3, *spatial), layout=layout, backward=False)
+            yield case(f"{layout}, {len(spatial) + 2} dimensions", step, checks=("y",))
+    mixed = tuple(("contiguous", "channels_last", "sliced")[rank % 3] for rank in range(ranks))
+    step = Step(ragged(ranks, 3), layout=mixed, backward=False)
+    yield case("a different layout on each rank", step, checks=("y",))

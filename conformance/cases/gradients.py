@@ -1,0 +1,118 @@
+"""The backward of training: GRAD-1 to GRAD-4."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from conformance.case import ExpectedError, Step
+from conformance.cases.build import (
+    GRADIENTS,
+    Draft,
+    Shapes,
+    asks,
+    case,
+    empty_patterns,
+    even,
+    groupings,
+    holes,
+    ragged,
+    uneven,
+)
+
+
+@asks("GRAD-1")
+def input_gradients(ranks: int) -> Iterator[Draft]:
+    def one(title: str, shapes: Shapes, **fields: Any) -> Draft:
+        layer, seed = fields.pop("layer", {}), fields.pop("seed", 0)
+        grouping = fields.pop("groups", None)
+        return case(
+            title,
+            Step(shapes, **fields),
+            layer=layer,
+            seed=seed,
+            groups=grouping,
+            checks=("grad_input",),
+        )
+
+    for seed in range(3):
+        yield one(f"uneven images, seed {seed}", uneven(ranks, 3, 5, 4), seed=seed)
+    yield one("even images", even(ranks, 4, 3, 5, 4))
+    yield one("batch and spatial sizes", ragged(ranks, 3))
+    yield one("matrices", uneven(ranks, 3))
+    yield one("volumes", uneven(ranks, 3, 2, 3, 2))
+    yield one("affine=False", uneven(ranks, 3, 5), layer={"affine": False})
+    yield one(
+        "track_running_stats=False", uneven(ranks, 3, 5), layer={"track_running_stats": False}
+    )
+    yield one("eps=0.1", uneven(ranks, 3, 5), layer={"eps": 0.1})
+    yield one("dy of zero sum", uneven(ranks, 3, 40), dy_zero_sum=True)
+    for title, grouping in groupings(ranks):
+        yield one(f"groups: {title}", uneven(ranks, 3, 5), groups=grouping)
+    kinds = ("contiguous", "channels_last", "permuted", "sliced", "expanded")
+    for layout in kinds:
+        for dy_layout in kinds:
+            if layout != dy_layout:
+                yield one(
+                    f"x {layout}, dy {dy_layout}",
+                    uneven(ranks, 3, 5, 4),
+                    layout=layout,
+                    dy_layout=dy_layout,
+                )
+
+
+@asks("GRAD-2")
+def parameter_gradients(ranks: int) -> Iterator[Draft]:
+    checks = ("grad_weight", "grad_bias")
+    for title, shapes in (
+        ("even images", even(ranks, 4, 3, 5, 4)),
+        ("uneven images", uneven(ranks, 3, 5, 4)),
+        ("batch and spatial sizes", ragged(ranks, 3)),
+        ("matrices", uneven(ranks, 3)),
+    ):
+        yield case(title, Step(shapes), checks=checks)
+    step = Step(uneven(ranks, 3, 5, 4), layout="channels_last", dy_layout="sliced")
+    yield case("channels_last", step, checks=checks)
+    for title, grouping in groupings(ranks):
+        step = Step(uneven(ranks, 3, 5))
+        yield case(f"groups: {title}", step, groups=grouping, checks=checks)
+
+
+@asks("GRAD-3")
+def empty_gradients(ranks: int) -> Iterator[Draft]:
+    for title, empty in empty_patterns(ranks):
+        for dtype in ("float32", "bfloat16"):
+            step = Step(holes(ranks, empty, 3, 4), dtype=dtype)
+            yield case(f"{title}, {dtype}", step, checks=GRADIENTS)
+    step = Step(holes(ranks, {0}, 3, 4))
+    yield case(
+        "rank 0 is empty, affine=False", step, layer={"affine": False}, checks=("grad_input",)
+    )
+
+
+@asks("GRAD-4")
+def frozen(ranks: int) -> Iterator[Draft]:
+    everyone, shapes = tuple(range(ranks)), uneven(ranks, 3, 5)
+    patterns: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [
+        ("input frozen", everyone, ()),
+        ("parameters frozen", (), everyone),
+    ]
+    if ranks > 1:
+        patterns += [
+            ("input frozen on rank 0", (0,), ()),
+            ("parameters frozen on rank 1", (), (1,)),
+            ("input frozen on rank 0, parameters on the others", (0,), everyone[1:]),
+        ]
+    for title, inputs, parameters in patterns:
+        step = Step(shapes, frozen_input=inputs, frozen_parameters=parameters)
+        yield case(title, step, checks=GRADIENTS)
+    if ranks > 1:
+        alone = Step(
+            shapes,
+            frozen_input=(0,),
+            frozen_parameters=(0,),
+            error=ExpectedError("Exception", (0,)),
+        )
+        yield case(
+            "rank 0 has nothing to differentiate", alone, Step(shapes), checks=("y", *GRADIENTS)
+        )

@@ -1,0 +1,115 @@
+"""Numbers at the edge, types, and what goes over the wire: NUM-1 to NUM-4, COMM-1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from conformance.case import Data, Step
+from conformance.cases.build import (
+    ALL,
+    GRADIENTS,
+    RUNNING,
+    Draft,
+    asks,
+    case,
+    even,
+    holes,
+    ragged,
+    uneven,
+)
+
+
+@asks("NUM-1")
+def numerics(ranks: int) -> Iterator[Draft]:
+    def one(title: str, step: Step, **layer: Any) -> Draft:
+        return case(title, step, layer={"momentum": 1.0} | layer, checks=ALL)
+
+    shapes = tuple((8 + rank, 3, 16, 16) for rank in range(ranks))
+    for ratio in (0.0, 1.0, 30.0, 1e3, 1e4, 1e5):
+        for layout in ("contiguous", "channels_last"):
+            step = Step(
+                shapes, x=Data(ratio=ratio), layout=layout, dy_layout=layout, dy_zero_sum=True
+            )
+            yield one(f"mean/std {ratio:g}, {layout}", step)
+    yield one(
+        "mean/std 1e5, matrices",
+        Step(tuple((500 + rank, 3) for rank in range(ranks)), x=Data(ratio=1e5)),
+    )
+    for scale in (1e-18, 1e-9, 1e9, 1e18):
+        step = Step(shapes, x=Data(ratio=1.0, scale=scale))
+        yield one(f"scale {scale:g}", step, eps=0.0)
+    for scale in (1e-4, 1e-6):
+        yield one(f"std {scale:g}, far below sqrt(eps)", Step(shapes, x=Data(10.0, scale)))
+    yield one("constant channels", Step(shapes, x=Data(ratio=1e3, constant=True)))
+    for ratio in (0.0, 1e5):
+        step = Step(shapes, dtype="float64", x=Data(ratio=ratio), dy_zero_sum=True)
+        yield one(f"float64, mean/std {ratio:g}", step, dtype="float64")
+
+
+@asks("NUM-2")
+def halves(ranks: int) -> Iterator[Draft]:
+    for dtype in ("float16", "bfloat16"):
+        for parameters in ("float32", dtype):
+            for title, shapes, layout in (
+                ("images", ragged(ranks, 3), "contiguous"),
+                ("channels_last", uneven(ranks, 3, 16, 16), "channels_last"),
+                ("matrices", uneven(ranks, 3), "contiguous"),
+                ("many values", even(ranks, 16, 3, 40, 40), "contiguous"),
+            ):
+                step = Step(shapes, dtype=dtype, x=Data(ratio=3.0), layout=layout)
+                evaluate = Step(shapes, dtype=dtype, mode="eval", layout=layout)
+                yield case(
+                    f"{dtype}, parameters {parameters}, {title}",
+                    step,
+                    evaluate,
+                    layer={"dtype": parameters},
+                    checks=ALL,
+                )
+
+
+@asks("NUM-3")
+def counts(ranks: int) -> Iterator[Draft]:
+    for dtype in ("float32", "float16", "bfloat16"):
+        for count in (2049, 65521):
+            shapes = tuple((1, 1, count + rank) for rank in range(ranks))
+            step = Step(shapes, dtype=dtype, x=Data(ratio=1.0))
+            yield case(
+                f"{count} values per rank, {dtype}",
+                step,
+                layer={"num_features": 1, "dtype": dtype, "momentum": 1.0},
+                checks=ALL,
+            )
+    shapes = tuple((1, 1, 2**24 + 3 if rank == 0 else 5) for rank in range(ranks))
+    step = Step(shapes, x=Data(ratio=1.0), backward=False)
+    yield case(
+        "2^24 + 3 values on rank 0",
+        step,
+        deadline=120.0,
+        layer={"num_features": 1, "momentum": 1.0},
+        checks=RUNNING,
+    )
+
+
+@asks("NUM-4")
+def poison(ranks: int) -> Iterator[Draft]:
+    for value in ("nan", "inf"):
+        for mode in ("train", "eval"):
+            place = (ranks - 1, 0, 1, 0)
+            step = Step(even(ranks, 2, 3, 4), mode=mode, x=Data(poison=((place, value),)))
+            yield case(
+                f"{value} in channel 1 of the last rank, {mode}",
+                step,
+                checks=("y", *GRADIENTS, "running_mean"),
+            )
+
+
+@asks("COMM-1")
+def collectives(ranks: int) -> Iterator[Draft]:
+    train = Step(uneven(ranks, 3, 4))
+    evaluate = Step(uneven(ranks, 3, 4), mode="eval")
+    for layer in ({}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}):
+        title = ", ".join(f"{name}={value}" for name, value in layer.items()) or "defaults"
+        yield case(title, train, evaluate, layer=layer, checks=("collectives",))
+    step = Step(holes(ranks, {0}, 3, 4))
+    yield case("rank 0 is empty", step, checks=("collectives",))
