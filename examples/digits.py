@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,8 +33,9 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 BATCH = 64  # images in a global batch
 TEST_IMAGES = 360
 
-# How far the two runs may be apart, in units of the dtype's epsilon. Rounding alone was measured
-# at 50 units at most; statistics of the shards instead of the batch are at once 10 % apart.
+# How far the two runs may be apart, in units of the dtype's epsilon. Rounding came to 44 of them
+# at most, over 1 to 12 ranks and up to 30 epochs, and did not grow with the epochs. The mildest of
+# seven planted bugs, a running_var without Bessel's correction, came to 2800 in float32.
 ALLOWED_EPSILONS = 1000
 
 
@@ -73,7 +75,7 @@ def train(
     """
     images, labels = plan.images.to(dtype), plan.labels
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    history = []
+    history: list[State] = []
     for epoch in range(plan.epochs):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
         for batch in islice(order.split(BATCH), plan.steps):
@@ -184,7 +186,7 @@ def main() -> int:
         default=list(DTYPES),
         help="float64 is the proof, float32 what one trains in (default both)",
     )
-    parser.add_argument("--epochs", type=positive, default=5, help="(default 5)")
+    parser.add_argument("--epochs", type=positive, default=3, help="(default 3)")
     parser.add_argument("--steps", type=positive, help="per epoch (default: the whole epoch)")
     args = parser.parse_args()
 
@@ -193,9 +195,7 @@ def main() -> int:
     plan = Plan(images[:-TEST_IMAGES], labels[:-TEST_IMAGES], args.epochs, args.steps)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        torch.multiprocessing.spawn(
-            run_rank, (args.ranks, args.dtype, plan, folder), nprocs=args.ranks
-        )
+        spawn(run_rank, (args.ranks, args.dtype, plan, folder), nprocs=args.ranks)
         histories = torch.load(folder / "histories")
 
     verdicts = []

@@ -18,10 +18,10 @@ class LocalCount(SyncBatchNorm):
     """running_var is made unbiased with the rank's own count, as in PyTorch issue 22192."""
 
     def forward(self, input: Tensor) -> Tensor:
-        def own_count(*arguments: Any) -> None:
-            *others, stats = arguments
+        def own_count(mean: Tensor, var: Tensor, tracked: Any, momentum: Any, stats: Any) -> None:
             local = torch.full_like(stats.n, input.numel() // input.shape[1])
-            update(*others, stats._replace(n=torch.where(stats.n > 0, local, stats.n)))
+            n = torch.where(stats.n > 0, local, stats.n)
+            update(mean, var, tracked, momentum, stats._replace(n=n))
 
         update = functional._update_running
         with mock.patch.object(functional, "_update_running", own_count):
