@@ -2,7 +2,7 @@
 
 Numbers are judged by ratio = |got - expected| / bound, element by element, with the bound of
 reference.bounds; a case passes if its largest ratio is at most THRESHOLD, one number for every
-case, target and dtype (as LAPACK's test ratios). Where the reference has a number, NaN and
+case, target and dtype, as in LAPACK's tests. Where the reference has a number, NaN and
 infinity never pass; where it is NaN, so must the result be (or infinite), and an infinity passes
 only where the reference has it.
 """
@@ -23,7 +23,8 @@ from conformance.pool import Outcome
 from conformance.wire import Message
 from reference import Bounded
 
-THRESHOLD = 1.0
+# Room for sums in blocks of up to 128 values, whose errors may align; see test_bounds.py.
+THRESHOLD = 3.0
 
 # The closed list of verdicts, worst first for a clause that has several.
 VERDICTS = ("crash", "hang", "fail", "unsupported", "not-run", "pass")

@@ -8,13 +8,16 @@ returns, of unit roundoff u_o. The rules of the derivation:
     Algorithms (2002), (2.4). Everything below is to first order in u.
 (b) A sum of n terms costs h u sum|terms|. Pairwise summation has h = log2 n (Higham, (4.6)). A
     group of R ranks adds log2 R for the sum over ranks, and 4 stand for forming a term,
-    its weight n_r / n, the division and the store: h = log2 n + log2 R + 4. Sums in blocks of
-    b values pass too: their rounding errors are not aligned and grow as sqrt(b) (Higham and
-    Mary, SIAM J. Sci. Comput. 41, 2019). One running sum over a large n is meant to fail.
-(c) Statistics of parts are merged by Chan, Golub and LeVeque (The American Statistician 37, 1983),
-    which ranks cannot avoid. Means m_a, m_b that are in error by dm shift a merged variance by
-    2 sum w abs(m_a - m_b) dm <= 2 sqrt(v) dm (Cauchy and Schwarz, for sum w (m_a - m_b)^2 <= v).
-    As dm contains u h mean|x|, this is the condition number sqrt(1 + m^2 / v) of their paper.
+    its weight n_r / n, the division and the store: h = log2 n + log2 R + 4. Blocks of b values
+    that are added one by one have a worst case of b instead, but rounding errors that are not
+    aligned grow as sqrt(b) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); the threshold of
+    the verdict leaves room for them. One running sum over a large n is meant to fail.
+(c) Parts are merged by Chan, Golub and LeVeque (The American Statistician 37, 1983), which ranks
+    cannot avoid: v = sum w (v_p + (m_p - m)^2). With the means of the parts in error by e_p and
+    that of the whole by e, v is off by 2 sum w (m_p - m) e_p + sum w ((e_p - e)^2 + e_p^2),
+    for sum w (m_p - m) = 0. As sum w e_p^2 <= de^2 with de = u (h + 1) sqrt(v + m^2), Cauchy and
+    Schwarz bound this by 2 sqrt(v) de + 5 de^2: the condition number sqrt(1 + m^2 / v) of their
+    paper. A two-pass variance in one part only has the last term, e_p^2.
 (d) y and dx may be formed as written or folded into x a + c, which rounds x a and m a instead
     of x - m: hence abs(x) + abs(m) where the formula has abs(x - m).
 
@@ -22,7 +25,7 @@ With m, v, s = 1 / sqrt(v + eps), d = x - m, g = weight, b = bias, S = sum dy, X
 k = s^2 X / n, and A = mean|x|:
 
     m    dm = u (h A + |m|)                                                         (b), store
-    v    dv = u h v + 2 sqrt(v) dm + dm^2                      (b); (c); squares of x - m - dm
+    v    dv = u h v + 2 sqrt(v) de + 5 de^2                                            (b), (c)
     s    ds = (1 - dv / (v + eps))^(-1/2) - 1 + 3u              relative; add, root, reciprocal
     y    |g| s (dm + u (|x| + 2|m|)) + |g d| s (ds + 2u) + u (|y| + |b|)                    (d)
     S    dS = u h sum|dy|                                                                   (b)
@@ -119,7 +122,8 @@ def of_moments(x: Array, mean: Array, var: Array, ranks: int, u: float) -> Stati
     n = x.shape[1]
     h = depth(n, ranks)
     dm = u * (h * np.abs(x).mean(axis=1) + np.abs(mean))
-    dv = u * h * var + 2 * np.sqrt(var) * dm + dm**2
+    dm_parts = u * (h + 1) * np.sqrt(var + mean**2)
+    dv = u * h * var + 2 * np.sqrt(var) * dm_parts + 5 * dm_parts**2
     return Statistics(Bounded(mean, dm), Bounded(var, dv), n)
 
 

@@ -46,6 +46,7 @@ def input_gradients(ranks: int) -> Iterator[Draft]:
         "track_running_stats=False", uneven(ranks, 3, 5), layer={"track_running_stats": False}
     )
     yield one("eps=0.1", uneven(ranks, 3, 5), layer={"eps": 0.1})
+    yield one("float64", uneven(ranks, 3, 5), dtype="float64", layer={"dtype": "float64"})
     yield one("dy of zero sum", uneven(ranks, 3, 40), dy_zero_sum=True)
     for title, grouping in groupings(ranks):
         yield one(f"groups: {title}", uneven(ranks, 3, 5), groups=grouping)
@@ -73,6 +74,8 @@ def parameter_gradients(ranks: int) -> Iterator[Draft]:
         yield case(title, Step(shapes), checks=checks)
     step = Step(uneven(ranks, 3, 5, 4), layout="channels_last", dy_layout="sliced")
     yield case("channels_last", step, checks=checks)
+    step = Step(uneven(ranks, 3, 5, 4), dtype="float64")
+    yield case("float64", step, layer={"dtype": "float64"}, checks=checks)
     for title, grouping in groupings(ranks):
         step = Step(uneven(ranks, 3, 5))
         yield case(f"groups: {title}", step, groups=grouping, checks=checks)

@@ -154,7 +154,8 @@ class _Normalize(torch.autograd.Function):
         grad_weight = (sums[1] * invstd).to(weight.dtype) if wants_weight else None
         grad_bias = sums[0].to(bias.dtype) if wants_bias else None
         if n is not None:
-            # Also if this rank wants no dx: the others wait for its sums.
+            # Also if this rank wants no dx: the others wait for its sums. A copy of them is reduced
+            # in place, for grad_bias may be the very tensor sums[0].
             sums = ctx.ranks.all_reduce(torch.stack(sums).to(mean.dtype)).unbind(0)
         if not wants_x:
             dx = None

@@ -1,0 +1,1 @@
+"""What the layer costs. Not installed; run from a checkout."""

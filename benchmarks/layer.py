@@ -1,0 +1,225 @@
+"""What a training step of SyncBatchNorm costs beside torch.nn.BatchNorm2d, on CPU ranks.
+
+Every rank is a process of one thread, joined to the others by Gloo, with a float32 shard of its
+own. Timed is forward plus backward, for the gradients of input, weight and bias, of
+syncbn.torch.SyncBatchNorm over all ranks and of torch.nn.BatchNorm2d, which does not synchronize,
+on the same shard in the same process. After a warm-up they take turns, each after a barrier, so
+that all ranks do the same at a time and load their cores equally. The ratio of a pair is
+SyncBatchNorm's time over BatchNorm2d's; medians and quartiles are taken over the pairs of all
+ranks. The two collectives of a step are timed alone in the same way, on messages of their size.
+
+    python -m benchmarks.layer
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+from syncbn.torch import SyncBatchNorm
+from syncbn.torch.backends import wide
+from syncbn.torch.groups import Communicator
+
+Shape = tuple[int, ...]
+
+# Of ResNet-50, with 32 images per rank: after the first convolution, and at the end of three of
+# its four stages.
+SHAPES: list[Shape] = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 2048, 7, 7)]
+QUICK_SHAPES: list[Shape] = [(2, 8, 4, 4), (2, 16, 2, 2)]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+WARM_UP = 3  # rounds that are not counted
+OUT = Path(__file__).parent / "out" / "layer.json"
+
+Samples = dict[str, list[float]]  # milliseconds of every round, by what was timed
+
+
+def take_turns(actions: dict[str, Callable[[], Any]], repeat: int) -> Samples:
+    """Time every action once a round, each after a barrier."""
+    samples: Samples = {name: [] for name in actions}
+    for _ in range(WARM_UP + repeat):
+        for name, action in actions.items():
+            dist.barrier()
+            start = perf_counter()
+            action()
+            samples[name].append((perf_counter() - start) * 1e3)
+    return {name: times[WARM_UP:] for name, times in samples.items()}
+
+
+def time_steps(shape: Shape, layout: str, repeat: int) -> Samples:
+    """Forward plus backward of both layers on one random shard."""
+    x, dy = (torch.randn(shape).to(memory_format=LAYOUTS[layout]) for _ in range(2))
+    x.requires_grad_()
+
+    def step(layer: nn.Module) -> None:
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
+
+    sync, plain = SyncBatchNorm(shape[1]), nn.BatchNorm2d(shape[1])
+    return take_turns({"sync": lambda: step(sync), "plain": lambda: step(plain)}, repeat)
+
+
+def time_collectives(channels: int, repeat: int) -> Samples:
+    """The all_gather of a forward (mean, var and 3 words) and the all_reduce of a backward."""
+    ranks = Communicator.of(None)
+    dtype = wide(torch.device("cpu"))
+    message, sums = (
+        torch.zeros(2 * channels + 3, dtype=dtype),
+        torch.zeros(2, channels, dtype=dtype),
+    )
+    return take_turns(
+        {
+            "all_gather": lambda: ranks.all_gather(message),
+            "all_reduce": lambda: ranks.all_reduce(sums),
+        },
+        repeat,
+    )
+
+
+def run_rank(rank: int, ranks: int, shapes: list[Shape], repeat: int, folder: Path) -> None:
+    """One rank, a process of its own; it leaves the samples of every shape in the folder."""
+    torch.set_num_threads(1)
+    meeting_point = (folder / "ranks").as_uri()
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=ranks)
+    samples = [
+        {layout: time_steps(shape, layout, repeat) for layout in LAYOUTS}
+        | {"collectives": time_collectives(shape[1], repeat)}
+        for shape in shapes
+    ]
+    (folder / str(rank)).write_text(json.dumps(samples))
+    dist.destroy_process_group()
+
+
+def measure(ranks: int, shapes: list[Shape], repeat: int) -> list[dict[str, Any]]:
+    """Start the ranks; one case per shape, as it stands in the JSON file."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spawn(run_rank, (ranks, shapes, repeat, folder), nprocs=ranks)
+        by_rank = [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
+    return [
+        {"shape": shape} | {key: summary([one[key] for one in of_ranks]) for key in of_ranks[0]}
+        for shape, of_ranks in zip(shapes, zip(*by_rank, strict=True), strict=True)
+    ]
+
+
+def summary(of_ranks: list[Samples]) -> dict[str, Any]:
+    """Medians in ms over the samples of all ranks; of a pair of layers, also of its ratio."""
+    pooled = {
+        name: torch.cat([torch.tensor(samples[name]) for samples in of_ranks])
+        for name in of_ranks[0]
+    }
+    result: dict[str, Any] = {f"{name}_ms": v.quantile(0.5).item() for name, v in pooled.items()}
+    if "sync" in pooled:
+        ratios = pooled["sync"] / pooled["plain"]
+        low, median, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        result["ratio"] = {"median": median, "quartiles": [low, high]}
+    return result
+
+
+def environment() -> dict[str, Any]:
+    """What the times depend on beside the code."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores(),
+    }
+
+
+def processor() -> str:
+    """The name of the processor, or only its architecture where Linux does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def commit() -> str | None:
+    """The commit of the checkout, marked if files differ from it; None outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def print_table(cases: list[dict[str, Any]]) -> None:
+    """One line per shape."""
+    print("forward + backward, median ms: SyncBatchNorm / BatchNorm2d, their ratio (quartiles)")
+    print(f"{'shape':<20}{'contiguous':<36}{'channels_last':<36}all_gather  all_reduce")
+    for case in cases:
+        layers = "".join(f"{show(case[layout]):<36}" for layout in LAYOUTS)
+        alone = case["collectives"]
+        print(
+            f"{case['shape']!s:<20}{layers}"
+            f"{alone['all_gather_ms']:10.3f}  {alone['all_reduce_ms']:10.3f}"
+        )
+
+
+def show(pair: dict[str, Any]) -> str:
+    """Both times in ms, and the ratio with its quartiles."""
+    low, high = pair["ratio"]["quartiles"]
+    times = f"{pair['sync_ms']:.2f} / {pair['plain_ms']:.2f}"
+    return f"{times}  {pair['ratio']['median']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def positive(text: str) -> int:
+    """An argument of the command line that must be a positive integer."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=positive, default=2, help="processes (default 2)")
+    parser.add_argument("--repeat", type=positive, default=20, help="pairs (default 20)")
+    parser.add_argument("--out", type=Path, default=OUT, help="(default benchmarks/out/layer.json)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    args = parser.parse_args()
+
+    result = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "environment": environment(),
+        "ranks": args.ranks,
+        "repeat": args.repeat,
+        "cases": measure(args.ranks, QUICK_SHAPES if args.quick else SHAPES, args.repeat),
+    }
+    if args.ranks > cores():
+        print(f"warning: {args.ranks} ranks on {cores()} cores: the times include waiting for one")
+    print(", ".join(f"{key}: {value}" for key, value in result["environment"].items()))
+    print(f"commit: {result['commit']}, ranks: {args.ranks}, pairs: {args.repeat}")
+    print_table(result["cases"])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
