@@ -50,7 +50,7 @@ def check_arguments(
     if momentum is not None:
         if not _is_real(momentum):
             raise TypeError(f"momentum must be a number or None, got {_show(momentum)}")
-        if not 0 <= float(momentum) <= 1:
+        if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
     for name, flag in (("affine", affine), ("track_running_stats", track_running_stats)):
         if not isinstance(flag, bool):

@@ -39,6 +39,11 @@ def numerics(ranks: int) -> Iterator[Draft]:
     for scale in (1e-18, 1e-9, 1e9, 1e18):
         step = Step(shapes, x=Data(ratio=1.0, scale=scale))
         yield one(f"scale {scale:g}", step, eps=0.0)
+    for title, images in (
+        ("few images", even(ranks, 2, 3, 32, 32)),
+        ("matrices", tuple((300 + rank, 3) for rank in range(ranks))),
+    ):
+        yield one(f"scale 1e18, {title}", Step(images, x=Data(scale=1e18)), eps=0.0)
     for scale in (1e-4, 1e-6):
         yield one(f"std {scale:g}, far below sqrt(eps)", Step(shapes, x=Data(10.0, scale)))
     yield one("constant channels", Step(shapes, x=Data(ratio=1e3, constant=True)))

@@ -242,15 +242,16 @@ def _name(ranks: list[int]) -> str:
 
 
 def _channels_last(x: Tensor) -> bool:
-    """Whether the channels of one place lie side by side: (N, C), channels_last and the like."""
-    return x.dim() == 2 or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
+    """Whether the channels of one place lie side by side, as in channels_last and slices of it."""
+    others = [x.stride(d) for d in range(x.dim()) if d != 1 and x.shape[d] > 1]
+    return not x.is_contiguous() and x.stride(1) == 1 and min(others, default=0) >= x.shape[1]
 
 
 def _canonical(t: Tensor, like: Tensor) -> Tensor:
     """t (N, C, *S) in the memory order of `like`, as contiguous (R, C, S).
 
     Contiguous input becomes (N, C, prod S), channels-last input (N prod S, C, 1), both without a
-    copy; any other layout is copied to contiguous.
+    copy if they have no gaps; any other layout is copied to contiguous.
     """
     channels = t.shape[1]
     if _channels_last(like):
@@ -262,5 +263,8 @@ def _restore(rows: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_canonical`."""
     if _channels_last(like):
         batch, channels, *spatial = like.shape
-        return rows.view(batch, *spatial, channels).movedim(-1, 1)
-    return rows.view(like.shape)
+        result = rows.view(batch, *spatial, channels).movedim(-1, 1)
+    else:
+        result = rows.view(like.shape)
+    # Not as a view, which the user could not change in place (ReLU(inplace=True)).
+    return result.data

@@ -15,7 +15,7 @@ from syncbn.torch.function import (
     host_may_look,
     normalize,
 )
-from syncbn.torch.groups import ALONE, Communicator, Group
+from syncbn.torch.groups import ALONE, Communicator, ProcessGroupLike, resolve
 
 
 def sync_batch_norm(
@@ -27,7 +27,7 @@ def sync_batch_norm(
     training: bool = True,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
-    process_group: Group = None,
+    process_group: ProcessGroupLike = None,
     *,
     num_features: int | None = None,
     num_batches_tracked: Tensor | None = None,
@@ -48,9 +48,10 @@ def sync_batch_norm(
         momentum: weight of this batch in the running statistics, in [0, 1]; None for their
             cumulative average, which needs num_batches_tracked.
         eps: added to the variance.
-        process_group: a ProcessGroup, or None for all ranks (this process alone, if
-            torch.distributed is not initialized).
-        num_features: C, for the check of the input; that of the parameters by default.
+        process_group: None for all ranks (this process alone, if torch.distributed is not
+            initialized), a ProcessGroup, the name of a group or a list of rank ids.
+        num_features: C, for the check of the input; by default that of the parameters, or without
+            any that of the input, and then ranks must not differ in it.
         num_batches_tracked: int64 scalar, counts the batches that moved the running statistics.
         backend: "auto", or the name of a backend; see `syncbn.torch.backends`.
 
@@ -65,11 +66,20 @@ def sync_batch_norm(
         PeerError: another rank of the group raised one of these.
     """
     ops = backends.load(backend)
+    group = resolve(process_group)
+    vectors = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
     if num_features is None:
-        given = next((t for t in (weight, bias, running_mean) if t is not None), None)
-        num_features = input.shape[1] if given is None else given.numel()
+        num_features = _channels(input, vectors)
+    _check_vectors(vectors, num_features)
+    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("momentum=None (cumulative average) needs num_batches_tracked")
     if training:
-        ranks = Communicator.of(process_group)
+        ranks = Communicator.of(group)
         stats = batch_statistics(input, num_features, weight, bias, eps, ranks, ops)
         if host_may_look(stats.n.device):
             check_count(int(stats.n))
@@ -78,11 +88,31 @@ def sync_batch_norm(
         return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, ranks, ops)
     if running_mean is not None and running_var is not None:
         check_input(input, num_features, weight)
-        mean = running_mean.to(wide(input.device))
+        # A copy, for a training step may move the buffer before the backward of this one.
+        mean = running_mean.to(wide(input.device), copy=True)
         invstd = (running_var.to(mean.dtype) + eps).rsqrt()
         return normalize(input, weight, bias, mean, invstd, None, ALONE, ops)
     stats = batch_statistics(input, num_features, weight, bias, eps, ALONE, ops)
     return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, ALONE, ops)
+
+
+def _channels(input: Tensor, vectors: dict[str, Tensor | None]) -> int:
+    """C as the parameters have it, or else the input."""
+    for vector in vectors.values():
+        if vector is not None:
+            return vector.numel()
+    shaped = isinstance(input, Tensor) and input.dim() > 1
+    check_input(input, input.shape[1] if shaped else 0, None)
+    return input.shape[1]
+
+
+def _check_vectors(vectors: dict[str, Tensor | None], num_features: int) -> None:
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (num_features,):
+            raise ValueError(f"{name} must have shape ({num_features},), got {tuple(vector.shape)}")
+    if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
+        missing = "running_mean" if vectors["running_mean"] is None else "running_var"
+        raise ValueError(f"running_mean and running_var must be given together, got no {missing}")
 
 
 @torch.no_grad()
@@ -97,12 +127,11 @@ def _update_running(
     n = stats.n
     if num_batches_tracked is not None:
         num_batches_tracked.add_(n > 0)
-    if momentum is None:
-        if num_batches_tracked is None:
-            raise ValueError("momentum=None (cumulative average) needs num_batches_tracked")
-        factor = 1 / num_batches_tracked.clamp(min=1).to(n.dtype)
-    else:
+    if momentum is not None:
         factor = torch.full_like(n, momentum)
+    else:
+        assert num_batches_tracked is not None
+        factor = 1 / num_batches_tracked.clamp(min=1).to(n.dtype)
     unbiased = stats.var * (n / (n - 1).clamp(min=1))
     for buffer, batch in ((running_mean, stats.mean), (running_var, unbiased)):
         moved = (1 - factor) * buffer.to(n.dtype) + factor * batch

@@ -7,8 +7,15 @@ from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import (  # type: ignore[attr-defined]  # public, but not marked so
+    PrefixStore,
+    distributed_c10d,
+)
 
 from syncbn.contract import check_rank_ids
+
+# What a user may give; see `resolve`.
+ProcessGroupLike: TypeAlias = "dist.ProcessGroup | str | list[int] | tuple[int, ...] | int | None"
 
 # A handle, as torch.distributed.new_group returns it: a group, or for a rank that is not in it
 # the int GroupMember.NON_GROUP_MEMBER. None is the whole world.
@@ -50,14 +57,15 @@ def create_group(
         raise TypeError(f"name must be a str or None, got {name!r} of type {type(name).__name__}")
     registry = _current_registry()
     ranks = check_rank_ids(rank_ids, dist.get_world_size())
-    if name is not None and registry.ranks_of_name.setdefault(name, ranks) != ranks:
+    if name is not None and registry.ranks_of_name.get(name, ranks) != ranks:
         raise ValueError(
             f"name must stand for one group, got {name!r} for ranks {list(ranks)}: it is the "
             f"group of ranks {list(registry.ranks_of_name[name])}"
         )
     if ranks not in registry.by_ranks:
-        group = dist.new_group(list(ranks), use_local_synchronization=True)
-        registry.by_ranks[ranks] = dist.GroupMember.NON_GROUP_MEMBER if group is None else group
+        registry.by_ranks[ranks] = _new_group(ranks)
+    if name is not None:
+        registry.ranks_of_name[name] = ranks
     return registry.by_ranks[ranks]
 
 
@@ -72,6 +80,8 @@ def resolve(process_group: Any) -> Group:
         ValueError: no group has that name, or a rank id is wrong (see `create_group`).
         RuntimeError: a name or rank ids, and torch.distributed is not initialized.
     """
+    if process_group is None or isinstance(process_group, dist.ProcessGroup):
+        return process_group
     if isinstance(process_group, (list, tuple)):
         return create_group(None, process_group)
     if isinstance(process_group, str):
@@ -83,13 +93,12 @@ def resolve(process_group: Any) -> Group:
                 f"{known}), got {process_group!r}"
             )
         return registry.by_ranks[registry.ranks_of_name[process_group]]
-    is_handle = process_group is None or process_group == dist.GroupMember.NON_GROUP_MEMBER
-    if not is_handle and not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            "process_group must be None, a ProcessGroup, the name of a group or a list of rank "
-            f"ids, got {process_group!r} of type {type(process_group).__name__}"
-        )
-    return process_group
+    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        return process_group
+    raise TypeError(
+        "process_group must be None, a ProcessGroup, the name of a group or a list of rank "
+        f"ids, got {process_group!r} of type {type(process_group).__name__}"
+    )
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,26 @@ class Communicator:
 
 
 ALONE = Communicator((0,), None)
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup | int:
+    """The group of these ranks, made by its members alone.
+
+    torch names such a group after its ranks and the number of groups that this process has made
+    (PyTorch issue 173608), so that members which have made different numbers wait for each other
+    for ever. They tell each other their numbers first, and who is behind makes groups of its own.
+    """
+    if dist.get_rank() not in ranks:
+        return dist.GroupMember.NON_GROUP_MEMBER
+    store = PrefixStore(f"syncbn/{ranks}", distributed_c10d._get_default_store())
+    made = len(distributed_c10d._world.pg_names)
+    store.set(str(dist.get_rank()), str(made))
+    most = max(int(store.get(str(rank))) for rank in ranks)
+    for _ in range(most - made):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _initialized() -> bool:

@@ -72,8 +72,8 @@ class SyncBatchNorm(_BatchNorm):
         backends.load(backend)  # to refuse one that is not there before the first step
         super().__init__(
             int(num_features),
-            eps,
-            momentum,
+            float(eps),
+            None if momentum is None else float(momentum),
             affine,
             track_running_stats,
             device=device,

@@ -72,7 +72,7 @@ def load(name: str) -> Backend:
     source = "backend"
     if name == "auto":
         source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
-    if name != "auto" and name not in _MODULES:
+    if name != "auto" and name not in list(_MODULES):
         known = ", ".join(["auto", *_MODULES])
         raise ValueError(f"{source} must be one of {known}, got {name!r}")
     module = importlib.import_module(_MODULES["composed" if name == "auto" else name])

@@ -15,22 +15,21 @@ from torch import Tensor
 
 from syncbn.torch.backends import wide
 
-_BLOCK = 128  # longest column that is added up in float32: an error of 128 u at the very worst
+_BLOCK = 64  # longest column that is added up in float32: an error of 64 u at the very worst
 _FEW = 8  # with fewer rows, columns are too short to pay for their merge
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
     if _short(x):
-        mean, var = _kernel_stats(x)
-        return mean.to(wide(x.device)), var.to(wide(x.device))
-    merged = []
+        return _kernel_stats(x.to(wide(x.device)))
+    parts = []
     for block in _blocks(x):
         means, variances = (_spread(v, block) for v in _kernel_stats(_as_columns(block)))
         mean = means.mean((0, 2))
         between = (means - mean.view(1, -1, 1)).square().mean((0, 2))
-        merged.append((mean, variances.mean((0, 2)) + between, block[:, :, 0].numel()))
-    means, variances = (torch.stack(values) for values in list(zip(*merged, strict=True))[:2])
-    counts = means.new_tensor([count for _, _, count in merged])
+        count = torch.full_like(mean[0], block[:, :, 0].numel())
+        parts.append((mean, variances.mean((0, 2)) + between, count))
+    means, variances, counts = (torch.stack(values) for values in zip(*parts, strict=True))
     mean, var, _, _ = combine(means, variances, counts, eps=0.0)
     return mean, var
 
@@ -54,10 +53,9 @@ def normalize(
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    mean = mean.to(_statistics_dtype(x))
     if _short(x):
-        sum_dy, sum_dy_xmu = _kernel_sums(dy, x, mean)
-        return sum_dy.to(wide(x.device)), sum_dy_xmu.to(wide(x.device))
+        return _kernel_sums(*(t.to(wide(x.device)) for t in (dy, x, mean)))
+    mean = mean.to(_statistics_dtype(x))
     totals = mean.new_zeros(2, mean.numel(), dtype=wide(x.device))
     for dy_block, block in zip(_blocks(dy), _blocks(x), strict=True):
         _, merged, _, spatial = block.shape
