@@ -62,8 +62,10 @@ class ExpectedError:
 class Step:
     """One forward, and one backward unless `backward` is false, on every rank that is present.
 
-    shapes holds each rank's input shape. Layouts are contiguous, channels_last, permuted, sliced
-    or expanded, one for all ranks or one each; dtype likewise.
+    shapes holds each rank's input shape. dy_zero_sum takes its mean from dy, channel by channel;
+    paired repeats the first half of the batch as the second, with dy of the other sign, so that
+    dy is orthogonal to x and whatever is left of sum dy x is rounding. Layouts are contiguous,
+    channels_last, permuted, sliced or expanded, one for all ranks or one each; dtype likewise.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -71,6 +73,7 @@ class Step:
     dtype: str | tuple[str, ...] = "float32"
     x: Data = field(default_factory=Data)
     dy_zero_sum: bool = False
+    paired: bool = False
     layout: str | tuple[str, ...] = "contiguous"
     dy_layout: str | tuple[str, ...] = "contiguous"
     backward: bool = True

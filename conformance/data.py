@@ -32,6 +32,8 @@ def shard(case: Case, index: int, rank: int) -> Array:
     if spec.constant:
         values = np.zeros(shape)
     values = (values + spec.ratio) * spec.scale
+    if step.paired:
+        values = np.concatenate([values[: shape[0] // 2]] * 2)
     if step.layout_of(rank) == "expanded":
         values = np.broadcast_to(values[:1], shape)
     values = round_to(values, step.dtype_of(rank))
@@ -50,6 +52,9 @@ def grad_output(case: Case, index: int, rank: int) -> Array:
     if step.dy_zero_sum and values.size:
         axes = (0, *range(2, values.ndim))
         values -= values.mean(axis=axes, keepdims=True)
+    if step.paired:
+        half = values[: shape[0] // 2]
+        values = np.concatenate([half, -half])
     if step.dy_layout_of(rank) == "expanded":
         values = np.broadcast_to(values[:1], shape)
     return round_to(values, step.dtype_of(rank))

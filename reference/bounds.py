@@ -43,7 +43,10 @@ The reference works in float64 and obeys the same analysis with u = 2^-53, so it
 accounted for by adding 2^-53 to u: nothing for float32, a factor of 2 for float64.
 
 The bound conditions on the data: mean/std, the cancellation in y near zero and in S and X all
-enter. Intermediate overflow and underflow do not; scales from 1e-18 to 1e18 are free of them.
+enter. Intermediate overflow and underflow do not: between scales 1e-18 and 1e18 the result has
+neither, and an implementation can avoid them (a sum of squares overflows where the variance does
+not, and g s^3 X / n, the coefficient of x in a folded dx, underflows where dx does not). Nor does
+a ring that adds up many ranks one after the other: log2 R is the depth of a tree.
 """
 
 from __future__ import annotations

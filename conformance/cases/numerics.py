@@ -44,6 +44,12 @@ def numerics(ranks: int) -> Iterator[Draft]:
         ("matrices", tuple((300 + rank, 3) for rank in range(ranks))),
     ):
         yield one(f"scale 1e18, {title}", Step(images, x=Data(scale=1e18)), eps=0.0)
+    for ratio in (0.0, 1e5):
+        step = Step(even(ranks, 8, 256, 64), x=Data(ratio, 1e18), paired=True)
+        yield one(f"scale 1e18, mean/std {ratio:g}, 256 channels", step, eps=0.0, num_features=256)
+    for ratio in (1e3, 1e5):
+        step = Step(even(ranks, 40, 3, 5), x=Data(ratio), paired=True)
+        yield one(f"mean/std {ratio:g}, dy orthogonal to x", step)
     for scale in (1e-4, 1e-6):
         yield one(f"std {scale:g}, far below sqrt(eps)", Step(shapes, x=Data(10.0, scale)))
     yield one("constant channels", Step(shapes, x=Data(ratio=1e3, constant=True)))

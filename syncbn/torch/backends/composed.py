@@ -16,11 +16,14 @@ from torch import Tensor
 from syncbn.torch.backends import wide
 
 _BLOCK = 64  # longest column that is added up in float32: an error of 64 u at the very worst
+_CACHED = 2**18  # values that stay in the cache between two passes: 1 MiB of float32
+_LARGE = 512  # values of an image, from which its sums are the kernel's
 _FEW = 8  # with fewer rows, columns are too short to pay for their merge
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    if _short(x):
+    if x.shape[0] < _FEW:
+        # In float64, for the kernel keeps the sum of squares, which may overflow float32.
         return _kernel_stats(x.to(wide(x.device)))
     parts = []
     for block in _blocks(x):
@@ -53,13 +56,14 @@ def normalize(
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    if _short(x):
-        return _kernel_sums(*(t.to(wide(x.device)) for t in (dy, x, mean)))
     mean = mean.to(_statistics_dtype(x))
+    if x.shape[2] >= _LARGE:
+        # Contiguous images the CPU kernel adds up in float64, large ones faster than in columns.
+        sum_dy, sum_dy_xmu = _kernel_sums(dy, x, mean)
+        return sum_dy.to(wide(x.device)), sum_dy_xmu.to(wide(x.device))
     totals = mean.new_zeros(2, mean.numel(), dtype=wide(x.device))
     for dy_block, block in zip(_blocks(dy), _blocks(x), strict=True):
-        _, merged, _, spatial = block.shape
-        means = mean.repeat_interleave(spatial).repeat(merged)
+        means = mean.repeat_interleave(x.shape[2]).repeat(block.shape[1])
         sums = _kernel_sums(_as_columns(dy_block), _as_columns(block), means)
         totals += torch.stack([_spread(v, block).sum((0, 2)) for v in sums])
     return totals[0], totals[1]
@@ -77,20 +81,19 @@ def input_grad(
 ) -> Tensor:
     scale = invstd if weight is None else invstd * weight
     slope = invstd.square() * sum_dy_xmu / n
-    shift = scale * (mean * slope - sum_dy / n)
-    # Halves take both terms in float32 and are rounded once.
-    dx = _affine(dy.to(_statistics_dtype(x)), scale, shift)
-    dx.addcmul_(x.to(dx.dtype), (-scale * slope).to(dx.dtype).view(1, -1, 1))
+    # In float32 also for halves, which are rounded once. The scale comes last: scale * slope, as
+    # a coefficient of x, underflows where x is large.
+    dx = _affine(x.to(_statistics_dtype(x)), -slope, mean * slope - sum_dy / n)
+    scale = scale.to(dx.dtype).view(1, -1, 1)
+    rows = max(1, _CACHED // x[0].numel())
+    for part, dy_part in zip(dx.split(rows), dy.split(rows), strict=True):
+        part.add_(dy_part).mul_(scale)
     return dx.to(dy.dtype)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     """What the kernels accumulate in and return statistics as."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _short(x: Tensor) -> bool:
-    return x.shape[0] < _FEW
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
