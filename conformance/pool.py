@@ -136,9 +136,10 @@ class RankPool:
         dialed: queue.SimpleQueue[Connection] = queue.SimpleQueue()
 
         def accept() -> None:
-            with contextlib.suppress(OSError, AuthenticationError):
-                for _ in range(self.ranks):
-                    dialed.put(listener.accept())
+            with contextlib.suppress(OSError):  # the listener was closed
+                while True:
+                    with contextlib.suppress(AuthenticationError):  # somebody else dialed
+                        dialed.put(listener.accept())
 
         # In a thread, for accept() would wait for ever for a rank that dies before it dials.
         threading.Thread(target=accept, daemon=True).start()

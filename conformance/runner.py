@@ -100,7 +100,7 @@ def report(
 
 
 def _clause(name: str, results: Sequence[Result], ranks: int, level: str) -> dict[str, Any]:
-    """The row of a clause. Cases that could not be asked do not count if others could."""
+    """The row of a clause, which is required only if it could be asked."""
     known = CLAUSES[name]
     mine = [result for result in results if result.case.clause == name]
     found = verdict.worst_of([result.verdict.verdict for result in mine])

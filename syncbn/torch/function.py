@@ -150,7 +150,9 @@ class _Normalize(torch.autograd.Function):
         backend: Backend = ctx.backend
         x_rows, dy_rows = _canonical(x, like=x), _canonical(dy, like=x)
         zero = torch.zeros_like(mean)
-        sums = backend.reduce_grad(dy_rows, x_rows, mean) if x.numel() else (zero, zero)
+        sums = (zero, zero)
+        if x.numel() and (n is not None or wants_weight or wants_bias):
+            sums = backend.reduce_grad(dy_rows, x_rows, mean)
         grad_weight = (sums[1] * invstd).to(weight.dtype) if wants_weight else None
         grad_bias = sums[0].to(bias.dtype) if wants_bias else None
         if n is not None:
