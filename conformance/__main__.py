@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,8 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.command(options)
+        sys.stdout.flush()
         return status
+    except BrokenPipeError:  # as by `list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UsageError, TargetError, CaseError, reports.ReportError) as error:
+        print(f"conformance: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # standard output is full, say
         print(f"conformance: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -51,10 +60,16 @@ def _run(options: argparse.Namespace) -> int:
         results = _with_progress(pool, cases)
     seconds = time.monotonic() - start
     document = runner.report(pool, results, options.profile, options.level, seconds)
+    reports.summarize(document, _output())
     reports.save(document, out / "report.json")
-    reports.summarize(document, Console())
     print(f"report: {out / 'report.json'}")
     return 0 if document["summary"]["verdict"] == "pass" else 1
+
+
+def _output() -> Console:
+    """Standard output; wide enough for long messages if it is a pipe or a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def _with_progress(pool: RankPool, cases: list[Case]) -> list[Result]:
@@ -131,14 +146,16 @@ def _find(wanted: str, ranks: int) -> Case:
         if case.id == wanted:
             return case
     raise UsageError(
-        f"case must be a file or the id of a case on {ranks} ranks (see `list --ranks {ranks}`), "
-        f"got {wanted!r}"
+        f"case must be a file or the id of a case on {ranks} ranks (ids depend on --ranks; see "
+        f"`list --ranks {ranks}`), got {wanted!r}"
     )
 
 
 def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UsageError(f"cannot write reports to {path}: it is not a directory") from error
     except OSError as error:
         raise UsageError(f"cannot write reports to {path}: {error.strerror}") from error
 
@@ -195,4 +212,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # So that a run that is told to end leaves nothing behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

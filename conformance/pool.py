@@ -232,11 +232,14 @@ class RankPool:
         assert self._job is not None
         output = "\n".join(self._job.output(rank) for rank in ranks)
         lines = [line.strip() for line in output.splitlines() if line.strip()]
-        # In a stack dump the main thread comes last, innermost frame first.
+        # In a stack dump the main thread comes last, innermost frame first: where it is, and the
+        # line of the target that led there.
         dumps = [
             i for i, line in enumerate(lines) if line.startswith(("Thread ", "Current thread"))
         ]
-        shown = lines[dumps[-1] + 1 :][:2] if dumps else lines[-2:]
+        frames = lines[dumps[-1] + 1 :] if dumps else []
+        own = [f for f in frames[1:] if "site-packages" not in f and "conformance/ranks" not in f]
+        shown = frames[:1] + own[:1] if dumps else lines[-2:]
         names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         return f"{names} {how}" + (f" ({' / '.join(shown)})" if shown else "")
 

@@ -103,7 +103,8 @@ def _constructed(title: str, layer: dict[str, Any]) -> Draft:
 
 def _refused(error: str, **layer: Any) -> Draft:
     (name, value), *_ = layer.items()
-    return case(f"{name}={value!r}", layer=layer, error=error)
+    shown = value["float"] if isinstance(value, dict) else repr(value)
+    return case(f"{name}={shown}", layer=layer, error=error)
 
 
 def _accepted(layer: dict[str, Any]) -> Draft:

@@ -40,7 +40,8 @@ class TorchRank:
         self.device = _device(target["device"], local_rank)
         self.rank_ids = target["rank_ids"]
         self.cls = _find(target["module"], target["cls"])
-        self.cls(1)  # a target that cannot even do this is not worth a run
+        if not isinstance(self.cls(1), nn.Module):
+            raise TypeError(f"{target['cls']} must be a torch.nn.Module")
         self.store: TCPStore | None = None
         self.groups: dict[tuple[int, ...], Any] = {}
 
@@ -138,6 +139,8 @@ class TorchRank:
         counting = "collectives" in case.checks
         try:
             y, facts["collectives"] = _count(forward, counting)
+            if not isinstance(y, Tensor):
+                raise TypeError(f"forward must return a tensor, got {type(y).__name__}")
             if step.backward:
                 dy = self._tensor(data.grad_output(case, index, self.rank), step, input=False)
                 _, in_backward = _count(lambda: y.backward(dy), counting)

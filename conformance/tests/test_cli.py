@@ -108,6 +108,8 @@ def test_a_report_that_cannot_be_written(
     (tmp_path / "file").write_text("")
     assert main(["run", "--out", str(tmp_path / "file" / "below")]) == 2
     assert "cannot write reports to" in capsys.readouterr().err
+    assert main(["run", "--out", str(tmp_path / "file")]) == 2
+    assert "it is not a directory" in capsys.readouterr().err
 
 
 def test_list_show_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,7 @@ def test_a_bad_case_costs_one_case() -> None:
     assert "rank 1 died" in str(results[1].message)
     assert "rank 1 did not answer in time" in str(results[3].message)
     assert "planted.py" in str(results[3].message)
+    assert "groups.py" in str(results[5].message)
     assert "rank 1 raised RuntimeError: planted" in str(results[5].message)
     assert not any(alive(pid) for pid in left)
 

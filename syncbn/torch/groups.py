@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -24,10 +25,16 @@ Group: TypeAlias = "dist.ProcessGroup | int | None"
 
 @dataclass
 class _Registry:
-    """Groups created on one world, so that equal rank ids never open a second communicator."""
+    """Groups created on one world, so that equal rank ids never open a second communicator.
 
-    world: dist.ProcessGroup | None = None
-    by_ranks: dict[tuple[int, ...], dist.ProcessGroup | int] = field(default_factory=dict)
+    They belong to torch.distributed: held here beyond destroy_process_group, their threads would
+    abort the process at its end.
+    """
+
+    world: weakref.ref[dist.ProcessGroup] | None = None
+    by_ranks: weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
     ranks_of_name: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -62,11 +69,10 @@ def create_group(
             f"name must stand for one group, got {name!r} for ranks {list(ranks)}: it is the "
             f"group of ranks {list(registry.ranks_of_name[name])}"
         )
-    if ranks not in registry.by_ranks:
-        registry.by_ranks[ranks] = _new_group(ranks)
+    group = _group_of(registry, ranks)
     if name is not None:
         registry.ranks_of_name[name] = ranks
-    return registry.by_ranks[ranks]
+    return group
 
 
 def resolve(process_group: Any) -> Group:
@@ -92,7 +98,7 @@ def resolve(process_group: Any) -> Group:
                 f"process_group must be the name of a group made by create_group (known: "
                 f"{known}), got {process_group!r}"
             )
-        return registry.by_ranks[registry.ranks_of_name[process_group]]
+        return _group_of(registry, registry.ranks_of_name[process_group])
     if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
         return process_group
     raise TypeError(
@@ -146,15 +152,22 @@ class Communicator:
 ALONE = Communicator((0,), None)
 
 
-def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup | int:
-    """The group of these ranks, made by its members alone.
+def _group_of(registry: _Registry, ranks: tuple[int, ...]) -> dist.ProcessGroup | int:
+    if dist.get_rank() not in ranks:
+        return dist.GroupMember.NON_GROUP_MEMBER
+    group = registry.by_ranks.get(ranks)
+    if group is None:
+        group = registry.by_ranks[ranks] = _new_group(ranks)
+    return group
+
+
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """A new group of these ranks, made by its members alone.
 
     torch names such a group after its ranks and the number of groups that this process has made
     (PyTorch issue 173608), so that members which have made different numbers wait for each other
     for ever. They tell each other their numbers first, and who is behind makes groups of its own.
     """
-    if dist.get_rank() not in ranks:
-        return dist.GroupMember.NON_GROUP_MEMBER
     store = PrefixStore(f"syncbn/{ranks}", distributed_c10d._get_default_store())
     made = len(distributed_c10d._world.pg_names)
     store.set(str(dist.get_rank()), str(made))
@@ -178,6 +191,8 @@ def _current_registry() -> _Registry:
             "torch.distributed.init_process_group first"
         )
     global _registry
-    if _registry.world is not dist.group.WORLD:
-        _registry = _Registry(world=dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None
+    if _registry.world is None or _registry.world() is not world:
+        _registry = _Registry(world=weakref.ref(world))
     return _registry
