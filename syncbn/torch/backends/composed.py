@@ -1,9 +1,9 @@
 """The five leaf operations, composed of ATen's native batch-norm kernels; shown on CPU.
 
 Used as they are, the CPU kernels lose accuracy: on channels-last input they add up float32 values
-one after the other, so that 1e5 values of mean/std 1e4 leave no digit of the variance. Here their
-reductions only see columns of at most `_BLOCK` values, which are merged in float64. That is
-accurate for any count, and on contiguous images faster than the kernel's own reduction.
+one after the other, so that 1e5 values of mean/std 1e4 leave no digit of the variance. Here a
+reduction in float32 only sees columns of at most `_BLOCK` values, which are merged in float64; the
+others add up in float64 from the start.
 """
 
 from __future__ import annotations
