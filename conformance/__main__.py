@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from conformance.clauses import CLAUSES
 from conformance.pool import RankPool
 from conformance.runner import Result
 from conformance.targets import TargetError
+from launchers import LAUNCHERS
 
 _OUT = Path("reports/out")
 
@@ -51,15 +53,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    target = targets.parse(options.target, options.device, options.backend)
+    target = targets.parse(options.target, options.device, options.backend, options.mode)
     cases = catalogue(options.ranks, options.profile)
     out = options.out or _OUT / target.name.replace(":", "-").replace("/", "-")
     _make_directory(out)
+    oracle = targets.oracle(options.oracle, target)
     start = time.monotonic()
-    with RankPool(target, options.ranks, options.launcher) as pool:
-        results = _with_progress(pool, cases)
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(RankPool(target, options.ranks, options.launcher))
+        beside: RankPool | str = (
+            oracle if isinstance(oracle, str) else RankPool(oracle, options.ranks)
+        )
+        if isinstance(beside, RankPool):
+            stack.enter_context(beside)
+        results = _with_progress(pool, cases, beside)
     seconds = time.monotonic() - start
-    document = runner.report(pool, results, options.profile, options.level, seconds)
+    document = runner.report(pool, results, options.profile, options.level, seconds, beside)
     reports.summarize(document, _output())
     reports.save(document, out / "report.json")
     print(f"report: {out / 'report.json'}")
@@ -72,11 +81,18 @@ def _output() -> Console:
     return console if console.is_terminal else Console(width=120)
 
 
-def _with_progress(pool: RankPool, cases: list[Case]) -> list[Result]:
+def _with_progress(pool: RankPool, cases: list[Case], oracle: RankPool | str) -> list[Result]:
     """Run the cases under a progress bar, or with a line now and then if this is no terminal."""
     console = Console(stderr=True)
     console.print(f"{pool.target.name}: starting {pool.ranks} ranks", highlight=False)
     pool.start()
+    if isinstance(oracle, RankPool):
+        console.print(
+            f"oracle {oracle.target.name}: starting {oracle.ranks} ranks", highlight=False
+        )
+        oracle.start()
+    else:
+        console.print(f"no oracle: {oracle}", highlight=False)
     bar = Progress(
         TextColumn("{task.fields[clause]:<8}"),
         BarColumn(),
@@ -99,7 +115,7 @@ def _with_progress(pool: RankPool, cases: list[Case]) -> list[Result]:
             if not console.is_terminal and done % 50 == 0:
                 print(f"{done} of {len(cases)} cases, {failed} not passed", file=sys.stderr)
 
-        return runner.run(pool, cases, progress)
+        return runner.run(pool, cases, progress, oracle if isinstance(oracle, RankPool) else None)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -115,7 +131,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     case = _find(options.case, options.ranks)
-    target = targets.parse(options.target, options.device, options.backend)
+    target = targets.parse(options.target, options.device, options.backend, options.mode)
     with RankPool(target, case.ranks, options.launcher) as pool:
         pool.start()
         result = runner.run_case(pool, case)
@@ -130,7 +146,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _targets(_: argparse.Namespace) -> int:
     for name, description in targets.DESCRIPTIONS.items():
-        print(f"{name:<20}  {description}")
+        print(f"{name:<22}  {description}")
     return 0
 
 
@@ -179,7 +195,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--target", default="syncbn.torch", help="see `targets`")
         sub.add_argument("--device", default="cpu", choices=("cpu", "cuda", "npu"))
         sub.add_argument("--backend", help="of the target, if it has several")
-        sub.add_argument("--launcher", default="local", choices=("local",))
+        sub.add_argument("--mode", choices=targets.MODES, help="of MindSpore (default pynative)")
+        sub.add_argument("--launcher", default="local", choices=tuple(LAUNCHERS))
 
     def add_ranks(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--ranks", type=_positive, default=4, help="default 4")
@@ -195,6 +212,12 @@ def _parser() -> argparse.ArgumentParser:
         default="decided",
         choices=("decided", "documented"),
         help="which clauses count for the exit status: all, or the documented ones",
+    )
+    run.add_argument(
+        "--oracle",
+        default="auto",
+        choices=("auto", "mindspore.mint", "none"),
+        help="another layer to compare every case with (auto: mindspore.mint if it is installed)",
     )
     run.add_argument("--out", type=Path, help="where report.json goes (default reports/out/TARGET)")
     listing = add("list", _list, "The cases: id, clause, title.")

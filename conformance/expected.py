@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -23,9 +24,12 @@ class Expected:
     num_batches_tracked: int | None = None
 
 
-def expect(case: Case) -> list[list[Expected | None]]:
-    """[rank][step]: None where the rank takes no part in the step."""
-    results: list[list[Expected | None]] = [[None] * len(case.steps) for _ in range(case.ranks)]
+# [rank][step]; None where the rank takes no part in the step.
+Expectations: TypeAlias = "list[list[Expected | None]]"
+
+
+def expect(case: Case) -> Expectations:
+    results: Expectations = [[None] * len(case.steps) for _ in range(case.ranks)]
     groups = {group for rank in range(case.ranks) if (group := case.group_of(rank))}
     with np.errstate(all="ignore"):  # poisoned and overflowing cases are meant to
         for group in groups:

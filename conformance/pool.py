@@ -127,7 +127,7 @@ class RankPool:
         if outcome.crashed or outcome.hung:
             self.stop()
         else:
-            self._must_rejoin = any(_went_wrong(answer) for answer in outcome.answers)
+            self._must_rejoin = any(went_wrong(answer) for answer in outcome.answers)
         return outcome
 
     def _accept(self, listener: Listener) -> list[Connection]:
@@ -209,7 +209,7 @@ class RankPool:
                     continue
                 answers[rank] = answer
                 del waiting[rank]
-                if _went_wrong(answer):
+                if went_wrong(answer):
                     end = min(end, time.monotonic() + _GRACE_SECONDS)
         hung = sorted(waiting)
         return Outcome(answers, sorted(crashed), hung, self._explain(crashed, hung, answers))
@@ -238,7 +238,8 @@ class RankPool:
             i for i, line in enumerate(lines) if line.startswith(("Thread ", "Current thread"))
         ]
         frames = lines[dumps[-1] + 1 :] if dumps else []
-        own = [f for f in frames[1:] if "site-packages" not in f and "conformance/ranks" not in f]
+        others = ("site-packages", "conformance/ranks", "<frozen")
+        own = [f for f in frames[1:] if not any(place in f for place in others)]
         shown = frames[:1] + own[:1] if dumps else lines[-2:]
         names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         return f"{names} {how}" + (f" ({' / '.join(shown)})" if shown else "")
@@ -253,5 +254,6 @@ def _errors(answer: Message | None) -> list[str]:
     return texts + ([answer.content["failed"]] if "failed" in answer.content else [])
 
 
-def _went_wrong(answer: Message | None) -> bool:
+def went_wrong(answer: Message | None) -> bool:
+    """Whether a rank answered with an error, of the target or of its own."""
     return bool(_errors(answer))

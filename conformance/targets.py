@@ -1,7 +1,8 @@
-"""Targets: whose layer is judged. A short name, or `torch:MODULE:CLASS` for anybody's."""
+"""Targets: whose layer is judged. A short name, or `FRAMEWORK:MODULE:CLASS` for anybody's."""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,7 +15,9 @@ class TargetError(ValueError):
 class Target:
     """A layer's class and what runs it.
 
-    rung says what the results stand for: `device` is the layer itself on the device named.
+    rung says what the results stand for: `device` is the layer itself on the device named,
+    `substituted` has MindSpore's layer with conformance.ranks.substitutes for its kernels.
+    mode: how MindSpore runs it, one of MODES; None for a framework that knows but one way.
     rank_ids: whether process_group may be a list of rank ids (the documented ERR-5 needs it).
     """
 
@@ -24,6 +27,7 @@ class Target:
     cls: str
     device: str = "cpu"
     backend: str | None = None
+    mode: str | None = None
     rung: str = "device"
     rank_ids: bool = False
     has_backends: bool = False
@@ -33,39 +37,98 @@ class Target:
         return asdict(self)
 
 
+MODES = ("pynative", "graph")
+
 _NAMED = {
     "syncbn.torch": Target(
         "syncbn.torch", "torch", "syncbn.torch", "SyncBatchNorm", rank_ids=True, has_backends=True
     ),
+    "syncbn.mindspore": Target(
+        "syncbn.mindspore",
+        "mindspore",
+        "syncbn.mindspore",
+        "SyncBatchNorm",
+        rank_ids=True,
+        has_backends=True,
+    ),
     "torch.nn": Target("torch.nn", "torch", "torch.nn", "SyncBatchNorm"),
+    "mindspore.mint": Target("mindspore.mint", "mindspore", "mindspore.mint.nn", "SyncBatchNorm"),
 }
 
 DESCRIPTIONS = {
     "syncbn.torch": "the layer of this project for PyTorch",
+    "syncbn.mindspore": "the layer of this project for MindSpore",
     "torch.nn": "torch.nn.SyncBatchNorm (refuses CPU tensors)",
+    "mindspore.mint": "mindspore.mint.nn.SyncBatchNorm; on cpu with substitutes for its kernels, "
+    "which only Ascend has",
     "torch:MODULE:CLASS": "any class with the documented constructor arguments; MODULE may be "
     "importable or a path that ends in .py",
+    "mindspore:MODULE:CLASS": "likewise",
 }
 
 
-def parse(name: str, device: str = "cpu", backend: str | None = None) -> Target:
+def parse(
+    name: str, device: str = "cpu", backend: str | None = None, mode: str | None = None
+) -> Target:
     """The target of a name.
 
     Raises:
-        TargetError: no such name, or a backend for a target that has none.
+        TargetError: no such name, or a backend or a mode that the target does not have.
     """
     if name in _NAMED:
         target = _NAMED[name]
     else:
         framework, _, rest = name.partition(":")
         module, _, cls = rest.rpartition(":")
-        if framework != "torch" or not module or not cls:
+        if framework not in ("torch", "mindspore") or not module or not cls:
             raise TargetError(
-                f"target must be {', '.join(_NAMED)} or torch:MODULE:CLASS, got {name!r}"
+                f"target must be {', '.join(_NAMED)}, torch:MODULE:CLASS or "
+                f"mindspore:MODULE:CLASS, got {name!r}"
             )
         target = Target(name, framework, module, cls)
     if backend is not None and not target.has_backends:
         raise TargetError(f"backend must not be given, target {name} has none, got {backend!r}")
     if target.has_backends and backend is None:
         backend = "auto"
-    return replace(target, device=device, backend=backend)
+    if mode is not None and target.framework != "mindspore":
+        raise TargetError(f"mode must not be given, target {name} has none, got {mode!r}")
+    if target.framework == "mindspore" and mode is None:
+        mode = "pynative"
+    target = replace(target, device=device, backend=backend, mode=mode)
+    if (name, device, mode) == ("mindspore.mint", "cpu", "graph"):
+        raise TargetError(
+            "mode must be pynative for target mindspore.mint on cpu, where MindSpore can compile "
+            "neither its gradient nor its groups, got 'graph'"
+        )
+    return replace(target, rung="substituted") if _needs_substitutes(target) else target
+
+
+def oracle(name: str, target: Target) -> Target | str:
+    """The target to compare another one with, or why there is none.
+
+    Args:
+        name: of a target, "none", or "auto" for mindspore.mint if it is there.
+        target: what is judged.
+
+    Raises:
+        TargetError: the oracle that was asked for is not installed, or is the target itself.
+    """
+    if name == "none":
+        return "none was asked for"
+    chosen = parse("mindspore.mint", "npu" if target.device == "npu" else "cpu")
+    reason = None
+    if target.name == chosen.name:
+        reason = f"{chosen.name} is the target itself"
+    elif importlib.util.find_spec("mindspore") is None:
+        reason = "MindSpore is not installed: pip install 'mindspore>=2.10,<2.11' 'numpy<2'"
+    if reason and name != "auto":
+        raise TargetError(f"oracle must be another layer that is there, got {name!r}: {reason}")
+    return reason or chosen
+
+
+def _needs_substitutes(target: Target) -> bool:
+    """Whether it calls kernels of MindSpore that only Ascend has."""
+    calls = target.name == "mindspore.mint" or (
+        target.framework == "mindspore" and target.backend == "aclnn"
+    )
+    return calls and target.device == "cpu"

@@ -10,6 +10,7 @@ only where the reference has it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from conformance.case import Case, Step
 from conformance.clauses import CLAUSES
-from conformance.expected import Expected, expect
+from conformance.expected import Expectations, Expected
 from conformance.pool import Outcome
 from conformance.wire import Message
 from reference import Bounded
@@ -61,12 +62,15 @@ class _Failure(Exception):
     """The answer departs from what is expected; the text says where."""
 
 
-def judge(case: Case, outcome: Outcome) -> Verdict:
-    """The verdict on what the ranks answered."""
+def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) -> Verdict:
+    """The verdict on what the ranks answered, beside what they should have."""
     if outcome.crashed:
         return Verdict("crash", None, outcome.details)
     if outcome.hung:
         return Verdict("hang", None, outcome.details)
+    for answer in outcome.answers:
+        if answer is not None and "unsupported" in answer.content:
+            return Verdict("unsupported", None, answer.content["unsupported"])
     ratios: list[float] = []
     try:
         for rank, answer in enumerate(outcome.answers):
@@ -76,10 +80,24 @@ def judge(case: Case, outcome: Outcome) -> Verdict:
             _check_errors(case, rank, answer)
         if case.error is None:
             _check_facts(case, outcome)
-            _check_numbers(case, outcome, ratios)
+            _check_numbers(case, outcome, expected(), ratios)
     except _Failure as failure:
         return Verdict("fail", max(ratios, default=None), str(failure))
     return Verdict("pass", max(ratios, default=None))
+
+
+def apart(case: Case, one: Outcome, other: Outcome, expected: Expectations) -> float | None:
+    """The largest |one - other| / bound over all numbers that both have; None if there is none."""
+    largest: float | None = None
+    for rank, step, name, bounded in _numbers(case, expected):
+        arrays = [_array(outcome, rank, f"{step}/{name}") for outcome in (one, other)]
+        if bounded is None or any(a is None or a.shape != bounded.value.shape for a in arrays):
+            continue
+        if bounded.value.size:
+            got, beside = (np.asarray(array, np.float64) for array in arrays)
+            found = float(np.max(ratio(got, Bounded(beside, bounded.bound))))
+            largest = max(found, largest or 0.0)
+    return largest
 
 
 def ratio(got: npt.NDArray[Any], expected: Bounded) -> npt.NDArray[np.float64]:
@@ -216,26 +234,39 @@ def _check_agreement(case: Case, outcome: Outcome) -> None:
                 )
 
 
-def _check_numbers(case: Case, outcome: Outcome, ratios: list[float]) -> None:
+def _check_numbers(
+    case: Case, outcome: Outcome, expected: Expectations, ratios: list[float]
+) -> None:
     """Compare every number that the case checks; the largest ratio comes first in the message."""
+    if "num_batches_tracked" in case.checks:
+        for rank, steps in enumerate(expected):
+            for index, at in enumerate(steps):
+                if at is not None:
+                    got = _array(outcome, rank, f"{index}/num_batches_tracked")
+                    _check_count(f"rank {rank}, step {index}", at, got)
     worst: tuple[float, str] = (0.0, "")
-    for rank, steps in enumerate(expect(case)):
-        answer = outcome.answers[rank]
-        assert answer is not None
-        for index, expected in enumerate(steps):
-            if expected is None:
-                continue
-            where = f"rank {rank}, step {index}"
-            if "num_batches_tracked" in case.checks:
-                _check_count(where, expected, answer.arrays.get(f"{index}/num_batches_tracked"))
-            for name in _NUMERIC:
-                if name in case.checks and name in expected.values:
-                    got = answer.arrays.get(f"{index}/{name}")
-                    found, text = _compare(f"{where}: {name}", got, expected.values[name])
-                    ratios.append(found)
-                    worst = max(worst, (found, text))
+    for rank, index, name, bounded in _numbers(case, expected):
+        got = _array(outcome, rank, f"{index}/{name}")
+        found, text = _compare(f"rank {rank}, step {index}: {name}", got, bounded)
+        ratios.append(found)
+        worst = max(worst, (found, text))
     if worst[0] > THRESHOLD:
         raise _Failure(worst[1])
+
+
+def _numbers(case: Case, expected: Expectations) -> Iterator[tuple[int, int, str, Bounded | None]]:
+    """Rank, step, name and expected value of every number that the case checks."""
+    for rank, steps in enumerate(expected):
+        for index, at in enumerate(steps):
+            values = at.values if at is not None else {}
+            for name in _NUMERIC:
+                if name in case.checks and name in values:
+                    yield rank, index, name, values[name]
+
+
+def _array(outcome: Outcome, rank: int, name: str) -> npt.NDArray[Any] | None:
+    answer = outcome.answers[rank]
+    return None if answer is None else answer.arrays.get(name)
 
 
 def _check_count(where: str, expected: Expected, got: npt.NDArray[Any] | None) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from launchers import local
+from launchers import local, msrun
 
 
 class Job(Protocol):
     """The processes of one start, whichever way they were started."""
 
     def dump_stacks(self) -> None:
-        """Ask every process that lives to write the stacks of its threads to its output."""
+        """Ask every rank that lives to write the stacks of its threads to its output."""
 
     def ended(self) -> list[int]:
         """The ranks whose process has ended."""
@@ -32,7 +32,11 @@ class Launcher(Protocol):
     """A way to start ranks."""
 
     def __call__(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> Job:
-        """Start `command` on every rank with RANK, WORLD_SIZE, LOCAL_RANK and `environment`."""
+        """Start `command` on every rank with RANK, WORLD_SIZE, LOCAL_RANK and `environment`.
+
+        Raises:
+            OSError: what starts the ranks is not there.
+        """
 
 
-LAUNCHERS: dict[str, Launcher] = {"local": local.LocalJob}
+LAUNCHERS: dict[str, Launcher] = {"local": local.LocalJob, "msrun": msrun.MsrunJob}

@@ -8,10 +8,11 @@ conformance runner builds it and saves it when a run ends; here it is checked, k
 never judged again. Nothing else of the repository is imported, so that a report can be read
 without a framework.
 
-`python -m reports show FILE` prints the table of a report.
+`python -m reports show FILE` prints the table of a report, `findings FILE...` writes a document.
 """
 
 from reports.document import SCHEMA, Report, ReportError, load, save, validate
+from reports.findings import findings
 from reports.table import summarize
 
-__all__ = ["SCHEMA", "Report", "ReportError", "load", "save", "summarize", "validate"]
+__all__ = ["SCHEMA", "Report", "ReportError", "findings", "load", "save", "summarize", "validate"]

@@ -1,27 +1,45 @@
-"""The command line: python -m reports show FILE."""
+"""The command line: python -m reports show FILE, or findings FILE..."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from reports import ReportError, load, summarize
+from reports import ReportError, findings, load, summarize
+from reports.document import Report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status, 2 if the report cannot be read."""
-    path: Path = _parser().parse_args(arguments).file
+    """Run the command line; the exit status, 2 if a report cannot be read."""
+    options = _parser().parse_args(arguments)
     try:
-        report = load(path / "report.json" if path.is_dir() else path)
-    except ReportError as error:
+        options.command(options)
+    except (ReportError, OSError) as error:
         print(f"reports: {error}", file=sys.stderr)
         return 2
-    summarize(report, Console())
     return 0
+
+
+def _show(options: argparse.Namespace) -> None:
+    summarize(_load(options.file), Console())
+
+
+def _findings(options: argparse.Namespace) -> None:
+    command = shlex.join(["python", "-m", "reports", "findings", *map(str, options.files)])
+    text = findings([_load(path) for path in options.files], command)
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text)
+
+
+def _load(path: Path) -> Report:
+    return load(path / "report.json" if path.is_dir() else path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,12 +56,14 @@ def _parser() -> argparse.ArgumentParser:
         "judging); 2 if not, with one line on standard error. A table that is not printed to a "
         "terminal is plain text, 80 columns wide unless the variable COLUMNS says otherwise.",
     )
-    show.add_argument(
-        "file",
-        metavar="FILE",
-        type=Path,
-        help="the report, or the directory of a run, which holds it as report.json",
-    )
+    place = "the report, or the directory of a run, which holds it as report.json"
+    show.add_argument("file", metavar="FILE", type=Path, help=place)
+    show.set_defaults(command=_show)
+    text = "Write what runs of one target found, clause by clause, as a Markdown document."
+    found = commands.add_parser("findings", help="write a document", description=text)
+    found.add_argument("files", metavar="FILE", type=Path, nargs="+", help=place)
+    found.add_argument("--out", type=Path, help="where to (default: standard output)")
+    found.set_defaults(command=_findings)
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from typing import Any
 
 from rich import box
@@ -21,6 +22,7 @@ _STYLES = {
     "unsupported": "yellow",
     "not-run": "yellow",
 }
+_OF_ORACLE = ("oracle departs", "no answer")
 _FAILING = ("fail", "hang", "crash")
 _CASES_SHOWN = 3
 _LINES_SHOWN = 6  # of a message, which may hold the stacks of all ranks
@@ -49,18 +51,20 @@ def summarize(report: Report, console: Console) -> None:
             console.print()
             _print_failing(report, clause, failing[clause["id"]], console)
     console.print()
+    _print_oracle(report, console)
     console.print(_last_line(report), soft_wrap=True)
 
 
 def _header(report: Report) -> Table:
     target, suite = report["target"], report["suite"]
     commit = f"commit {suite['commit'][:12]}" if suite["commit"] else "commit unknown"
+    mode = f", mode {target['mode']}" if target["mode"] else ""
     dirty = ", with local changes" if suite["dirty"] else ""
     rows = {
         "target": f"{target['name']} ({target['framework']}: {target['module']}.{target['class']})",
         "ranks": f"{report['ranks']}, launcher {report['launcher']}",
         "backend": target["backend"] or "the target's own",
-        "device": f"{target['device']}, rung {target['rung']}",
+        "device": f"{target['device']}, rung {target['rung']}{mode}",
         "profile": f"{report['profile']}, level {report['level']}",
         "suite": f"{suite['version']}, {commit}{dirty}",
     }
@@ -83,7 +87,8 @@ def _table(report: Report, failing: dict[str, list[Any]], width: int) -> Table:
         title = Text(clause["title"])
         # The reason of a failing clause stands below, as the message of its first failing case.
         if clause["reason"] and not failing[clause["id"]]:
-            title.append(f"\n{clause['reason']}", "dim")
+            some = f"{clause['unsupported']} unsupported: " if clause["verdict"] == "pass" else ""
+            title.append(f"\n{some}{clause['reason']}", "dim")
         table.add_row(
             Text(_mark(clause)),
             title,
@@ -103,9 +108,34 @@ def _print_failing(report: Report, clause: Any, cases: list[Any], console: Conso
         if case["message"]:
             console.print(Padding.indent(_message(case["message"]), 4))
         # Never wrapped here, so that it can be copied whole.
-        console.print(Text(f"    {_replay(report, case)}", "cyan"), soft_wrap=True)
+        console.print(Text(f"    {replay_command(report, case)}", "cyan"), soft_wrap=True)
     if len(cases) > _CASES_SHOWN:
         console.print(Text(f"  and {len(cases) - _CASES_SHOWN} more", "dim"))
+
+
+def _print_oracle(report: Report, console: Console) -> None:
+    """What the oracle made of the same cases: how often each departs, and where."""
+    oracle = report["oracle"]["target"]
+    if oracle is None:
+        console.print(Text(f"oracle left out: {report['oracle']['left_out']}", "dim"))
+        return
+    answered = [case for case in report["cases"] if case["oracle"]]
+    found = Counter(case["oracle"]["finding"] for case in answered)
+    counts = ", ".join(f"{finding} {count}" for finding, count in found.most_common())
+    what = f"{oracle['name']} ({oracle['device']}, rung {oracle['rung']})"
+    console.print(f"three ways, with {what} as the oracle: {counts}", highlight=False)
+    for clause in report["clauses"]:
+        for finding in ("target departs", "reference departs", "both depart", *_OF_ORACLE):
+            found_here = [
+                case["oracle"]["message"] or "the oracle passes"
+                for case in answered
+                if case["clause"] == clause["id"] and case["oracle"]["finding"] == finding
+            ]
+            if found_here:
+                line = Text(f"  {clause['id']:<8} {finding} in {len(found_here)} of")
+                line.append(f" {clause['cases']}: {found_here[0].splitlines()[0]}")
+                console.print(line, overflow="ellipsis", no_wrap=True)
+    console.print()
 
 
 def _case(case: Any) -> Text:
@@ -149,9 +179,14 @@ def _failing_cases(report: Report, clause: Any) -> list[Any]:
     ]
 
 
-def _replay(report: Report, case: Any) -> str:
-    target = shlex.quote(report["target"]["name"])
-    return f"python -m conformance replay {case['id']} --target {target} --ranks {report['ranks']}"
+def replay_command(report: Report, case: Any) -> str:
+    """The command that runs a case of a report again."""
+    target = report["target"]
+    command = ["python", "-m", "conformance", "replay", case["id"], "--target", target["name"]]
+    for option, default in (("device", "cpu"), ("backend", "auto"), ("mode", "pynative")):
+        if target[option] not in (None, default):
+            command += [f"--{option}", target[option]]
+    return shlex.join([*command, "--ranks", str(report["ranks"])])
 
 
 def _mark(clause: Any) -> str:

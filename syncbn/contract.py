@@ -11,6 +11,12 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Rational, Real
 from typing import Any
 
+# What a group that trains on exactly one value per channel is told (ERR-7).
+SINGLE_VALUE = (
+    "the group must have more than 1 value per channel when training (the variance of one value "
+    "is undefined), got 1 over all its ranks"
+)
+
 
 class PeerError(RuntimeError):
     """Another rank of the group failed in a step that all its ranks take together (ERR-9).
@@ -112,10 +118,7 @@ def check_shape(shape: Sequence[int], num_features: int) -> None:
 def check_count(count: int) -> None:
     """Raise ValueError if a whole group has exactly one value per channel (ERR-7)."""
     if count == 1:
-        raise ValueError(
-            "the group must have more than 1 value per channel when training (the variance of "
-            "one value is undefined), got 1 over all its ranks"
-        )
+        raise ValueError(SINGLE_VALUE)
 
 
 def _is_int(value: Any) -> bool:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib.util
 import os
 import queue
 import signal
+import tempfile
 import threading
 import traceback
 from multiprocessing.connection import Client, Connection
@@ -30,10 +32,14 @@ class Rank(Protocol):
         """Names and versions of what the results depend on."""
 
     def host(self) -> int:
-        """On rank 0: open the place where the ranks meet, and return its port."""
+        """On rank 0: the port where the ranks are to meet, a fresh number every time."""
 
     def join(self, port: int) -> None:
-        """Leave the current world, if any, and form a fresh one."""
+        """Form a world, fresh or proven to be as good as fresh.
+
+        Raises:
+            Exception: it cannot be had in this process; the controller starts others.
+        """
 
     def run(self, case: Case) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """Run a case; errors of the target are part of the answer."""
@@ -77,11 +83,19 @@ def _listen(connection: Connection, jobs: queue.SimpleQueue[wire.Message]) -> No
 
 
 def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Rank:
-    if target["framework"] != "torch":
-        raise ValueError(f"framework must be torch, got {target['framework']!r}")
-    from conformance.ranks.torch import TorchRank
+    if target["framework"] == "torch":
+        from conformance.ranks.torch import TorchRank
 
-    return TorchRank(target, rank, ranks, local_rank)
+        return TorchRank(target, rank, ranks, local_rank)
+    if importlib.util.find_spec("mindspore") is None:
+        raise ModuleNotFoundError(
+            "MindSpore is not installed: pip install 'mindspore>=2.10,<2.11' 'numpy<2'"
+        )
+    os.environ.setdefault("GLOG_v", "3")  # errors only, or MindSpore writes pages of warnings
+    os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # not into the user's directory
+    from conformance.ranks.mindspore import MindSporeRank
+
+    return MindSporeRank(target, rank, ranks, local_rank)
 
 
 def main() -> None:

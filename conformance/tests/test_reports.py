@@ -70,6 +70,7 @@ def report_of(clauses: list[dict[str, Any]], cases: list[dict[str, Any]]) -> dic
             "class": "SyncBatchNorm",
             "backend": "composed",
             "device": "cpu",
+            "mode": None,
             "rung": "twin",
         },
         "environment": {"python": "3.11.7"},
@@ -172,6 +173,7 @@ class TestValidate:
             ("suite.commit", "main", "suite.commit: 'main' does not match"),
             ("suite.branch", "main", "suite: Additional properties are not allowed ('branch' was"),
             ("target.rung", "simulated", "target.rung: 'simulated' is not one of ['interpreted', "),
+            ("target.mode", "eager", "target.mode: 'eager' is not one of ['pynative', 'graph', "),
             ("target.backend", 1, "target.backend: 1 is not of type 'string', 'null'"),
             ("environment.cpus", 2, "environment.cpus: 2 is not of type 'string'"),
             ("ranks", 0, "ranks: 0 is less than the minimum of 1"),
@@ -394,10 +396,21 @@ class TestSummarize:
         lines = table(failing(), width)
         replayed = [line.strip() for line in lines if "replay" in line]
         assert replayed == [
-            f"python -m conformance replay {number:012x} --target syncbn.torch --ranks 4"
+            f"python -m conformance replay {number:012x} --target syncbn.torch "
+            "--backend composed --ranks 4"
             for number in (2, 3, 4, 5, 9)
         ]
         assert lines.count("  and 2 more") == 1
+
+    def test_shows_the_mode_and_how_to_replay_in_it(self) -> None:
+        report = failing()
+        report["target"].update(name="syncbn.mindspore", backend="auto", mode="graph")
+        lines = table(report, 100)
+        assert "device   cpu, rung twin, mode graph" in lines
+        assert lines.count(
+            "    python -m conformance replay 000000000002 --target syncbn.mindspore --mode graph "
+            "--ranks 4"
+        )
 
     def test_shows_why_a_case_failed(self) -> None:
         lines = table(failing(), 100)

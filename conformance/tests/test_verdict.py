@@ -28,6 +28,10 @@ CASE = Case("FWD-1", "all checks", 2, {"num_features": 3}, (STEP,), CHECKS)
 NAMES = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 
 
+def judged(case: Case, outcome: Outcome) -> verdict.Verdict:
+    return judge(case, outcome, lambda: expect(case))
+
+
 def right_answers() -> list[Message]:
     """What a layer that agrees with the reference to the last bit would answer."""
     result = []
@@ -59,7 +63,7 @@ def verdict_after(damage: Any) -> verdict.Verdict:
     """The verdict when `damage` has changed the right answers."""
     answers = copy.deepcopy(right_answers())
     damage(answers)
-    return judge(CASE, Outcome(list(answers)))
+    return judged(CASE, Outcome(list(answers)))
 
 
 def test_right_answers_pass() -> None:
@@ -163,16 +167,16 @@ def test_every_departure_fails(damage: Any, text: str) -> None:
 
 def test_a_frozen_gradient_that_is_there_fails() -> None:
     frozen = replace(CASE, steps=(replace(STEP, frozen_input=(1,)),))
-    found = judge(frozen, Outcome(list(right_answers())))
+    found = judged(frozen, Outcome(list(right_answers())))
     assert found.verdict == "fail"
     assert "grad_input is there, expected none" in str(found.message)
 
 
 def test_crash_and_hang_come_before_anything_else() -> None:
     answers: list[Message | None] = [None, right_answers()[1]]
-    assert judge(CASE, Outcome(answers, crashed=[0], details="d")).verdict == "crash"
-    assert judge(CASE, Outcome(answers, hung=[0], details="d")).verdict == "hang"
-    assert judge(CASE, Outcome(answers, crashed=[0], hung=[0])).verdict == "crash"
+    assert judged(CASE, Outcome(answers, crashed=[0], details="d")).verdict == "crash"
+    assert judged(CASE, Outcome(answers, hung=[0], details="d")).verdict == "hang"
+    assert judged(CASE, Outcome(answers, crashed=[0], hung=[0])).verdict == "crash"
 
 
 RAISED = {"types": ["ValueError", "Exception"], "message": "rank 0 had 2 channels"}
@@ -195,7 +199,7 @@ def test_an_error_of_one_rank_must_reach_all(
     step = replace(STEP, error=ExpectedError("ValueError", (0,)))
     case = Case("ERR-9", "one fails", 2, {"num_features": 3}, (step,))
     answers = [Message({"steps": [{"error": r} if r else {}]}, {}) for r in raised]
-    found = judge(case, Outcome(list(answers)))
+    found = judged(case, Outcome(list(answers)))
     assert found.verdict == verdict_
     assert text in str(found.message or "")
 
@@ -208,7 +212,7 @@ def test_a_constructor_must_raise_the_named_error(types: list[str] | None, verdi
     case = Case("ERR-1", "refused", 1, {"num_features": 2.5}, error="TypeError")
     content: dict[str, Any] = {"steps": []}
     content |= {"error": {"types": types, "message": "m"}} if types else {}
-    assert judge(case, Outcome([Message(content, {})])).verdict == verdict_
+    assert judged(case, Outcome([Message(content, {})])).verdict == verdict_
 
 
 def test_ratio_of_special_values() -> None:

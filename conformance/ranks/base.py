@@ -1,0 +1,249 @@
+"""What a rank does with a case whatever its framework: build the layer, take the steps, answer.
+
+The answer holds facts as JSON values and named arrays; see conformance.verdict for how they are
+judged. Only what is written here in terms of an abstract method is the framework's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from conformance import data
+from conformance.case import Case, Step
+
+Array: TypeAlias = npt.NDArray[Any]
+Arrays: TypeAlias = dict[str, Array]
+
+_STATE = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class FrameworkRank(ABC):
+    """Builds the target's layer with the documented arguments only, and calls it on tensors.
+
+    Args:
+        target: a conformance.targets.Target as a document.
+        rank, ranks: the place of this process, and how many there are.
+        framework: the module of the framework, for the dtypes that it names.
+
+    `groups` holds the framework's process groups by their ranks.
+    """
+
+    def __init__(self, target: dict[str, Any], rank: int, ranks: int, framework: Any) -> None:
+        if target["backend"] is not None:
+            os.environ["SYNCBN_BACKEND"] = target["backend"]
+        self.rank = rank
+        self.ranks = ranks
+        self.rank_ids = target["rank_ids"]
+        self.cls = _find(target["module"], target["cls"])
+        self.framework = framework
+        self.groups: dict[tuple[int, ...], Any] = {}
+
+    @abstractmethod
+    def build(self, arguments: dict[str, Any]) -> Any:
+        """The target's layer, on the device."""
+
+    @abstractmethod
+    def load_state(self, layer: Any, state: dict[str, Any]) -> Sequence[str]:
+        """Set parameters and running statistics; the names that the layer does not have."""
+
+    @abstractmethod
+    def state(self, layer: Any) -> dict[str, Any]:
+        """The tensors of a checkpoint of the layer, by name."""
+
+    @abstractmethod
+    def parameters(self, layer: Any) -> dict[str, Any]:
+        """The parameters and buffers of the layer, by name."""
+
+    @abstractmethod
+    def create_group(self, ranks: tuple[int, ...]) -> Any:
+        """What process_group is for these ranks. Every rank calls it for every group of a case."""
+
+    @abstractmethod
+    def tensor(self, values: Array, dtype: str) -> Any:
+        """A new contiguous tensor on the device."""
+
+    @abstractmethod
+    def array(self, tensor: Any) -> Array:
+        """A copy of the values; bfloat16 as float32, for NumPy does not have it."""
+
+    @abstractmethod
+    def take(
+        self, layer: Any, x: Any, dy: Any, step: Step, counting: bool
+    ) -> tuple[dict[str, Any], list[int]]:
+        """One forward, and one backward unless dy is None.
+
+        Returns the tensors `y`, `grad_input` and `grad_NAME` of each parameter, None where there
+        is none; and if counting, how many collectives the forward and the backward issued.
+        """
+
+    def missing(self, case: Case) -> str | None:
+        """Why the case cannot be asked on this platform; alike on all ranks."""
+        return None
+
+    def is_channels_last(self, tensor: Any) -> bool:
+        return False
+
+    def describe(self, error: Exception) -> dict[str, Any]:
+        """An error of the target, as the answer has it."""
+        return {"types": [cls.__name__ for cls in type(error).__mro__], "message": str(error)}
+
+    def run(self, case: Case) -> tuple[dict[str, Any], Arrays]:
+        if reason := self.missing(case):
+            return {"unsupported": reason}, {}
+        answer: dict[str, Any] = {"steps": []}
+        arrays: Arrays = {}
+        try:
+            for ranks in case.groups or ():
+                self._group(ranks)
+            if case.group_of(self.rank) is None:
+                return answer, arrays
+            layer = self._build(case)
+        except Exception as error:
+            answer["error"] = self.describe(error)
+            return answer, arrays
+        if "signature" in case.checks:
+            answer["signature"] = {
+                name: repr(parameter.default)
+                for name, parameter in inspect.signature(self.cls).parameters.items()
+            }
+        if "parameters" in case.checks:
+            answer["parameters"] = {
+                name: {"shape": list(tensor.shape), "dtype": _dtype(tensor)}
+                for name, tensor in self.parameters(layer).items()
+            }
+        if "state_names" in case.checks:
+            answer["state_names"] = list(self.state(layer))
+        if "initial_values" in case.checks:
+            arrays |= {f"initial/{n}": self.array(t) for n, t in self.state(layer).items()}
+        for index, step in enumerate(case.steps):
+            if not step.takes_part(self.rank):
+                answer["steps"].append({})
+                continue
+            facts = self._step(layer, case, index, arrays)
+            answer["steps"].append(facts)
+            if "error" in facts and not case.fails(index, self.rank):
+                break
+        return answer, arrays
+
+    def _group(self, ranks: tuple[int, ...]) -> Any:
+        if ranks not in self.groups:
+            self.groups[ranks] = self.create_group(ranks)
+        return self.groups[ranks]
+
+    def _build(self, case: Case) -> Any:
+        arguments = {name: self._literal(name, value) for name, value in case.layer.items()}
+        group = case.group_of(self.rank)
+        if case.groups is not None and group is not None:
+            arguments["process_group"] = self._group(group)
+        elif "process_group" in arguments and not self.rank_ids:
+            arguments["process_group"] = self._group(tuple(arguments["process_group"]))
+        layer = self.build(arguments)
+        if case.state == "random" and case.error is None:
+            state = {
+                name: self.tensor(values, case.parameter_dtype)
+                for name, values in data.initial_state(case).items()
+            }
+            if unknown := self.load_state(layer, state):
+                raise RuntimeError(f"the layer's state has no {', '.join(unknown)}")
+        return layer
+
+    def _step(self, layer: Any, case: Case, index: int, arrays: Arrays) -> dict[str, Any]:
+        """Take one step; adds what the case checks to `arrays`."""
+        step = case.steps[index]
+        dtype = step.dtype_of(self.rank)
+        x = self._lay_out(data.shard(case, index, self.rank), dtype, step.layout_of(self.rank))
+        dy = None
+        if step.backward:
+            values = data.grad_output(case, index, self.rank)
+            dy = self._lay_out(values, dtype, step.dy_layout_of(self.rank))
+        untouched, version = self.array(x), x._version
+        facts: dict[str, Any] = {}
+        results: dict[str, Any] = {}
+        try:
+            counting = "collectives" in case.checks
+            results, facts["collectives"] = self.take(layer, x, dy, step, counting)
+            if not isinstance(results["y"], self.framework.Tensor):
+                kind = type(results.pop("y")).__name__
+                raise TypeError(f"the layer must return a tensor, got {kind}")
+        except Exception as error:
+            facts["error"] = self.describe(error)
+        else:
+            facts["format"] = {"x": self._format(x), "y": self._format(results["y"])}
+        same = self.array(x).tobytes() == untouched.tobytes()
+        facts["input_unmodified"] = same and x._version == version
+        results |= {name: getattr(layer, name, None) for name in _STATE}
+        needed = set(case.checks) | (set(_STATE) if "ranks_agree" in case.checks else set())
+        for name, tensor in results.items():
+            if tensor is not None and name in needed:
+                arrays[f"{index}/{name}"] = self.array(tensor)
+        return facts
+
+    def _lay_out(self, values: Array, dtype: str, layout: str) -> Any:
+        """A tensor with these values in the places of memory that the layout says."""
+        if layout == "sliced":
+            wider = np.full((*values.shape[:-1], 2 * values.shape[-1]), 7.0)
+            wider[..., ::2] = values
+            return self.tensor(wider, dtype)[..., ::2]
+        tensor = self.tensor(values, dtype)
+        axes = tuple(range(values.ndim))
+        if layout == "channels_last":
+            tensor = _permuted(tensor, (0, *axes[2:], 1))
+        if layout == "permuted":
+            tensor = _permuted(tensor, axes[::-1])
+        if layout == "expanded":
+            tensor = tensor[:1].expand(values.shape)
+        return tensor
+
+    def _format(self, tensor: Any) -> dict[str, Any]:
+        return {
+            "shape": list(tensor.shape),
+            "dtype": _dtype(tensor),
+            "contiguous": tensor.is_contiguous(),
+            "channels_last": self.is_channels_last(tensor),
+        }
+
+    def _literal(self, name: str, value: Any) -> Any:
+        """The Python value of a literal of a case; see conformance.case."""
+        if isinstance(value, dict) and "float" in value:
+            return float(value["float"])
+        if isinstance(value, dict) and "numpy" in value:
+            return np.dtype(value["numpy"]).type(value["value"])
+        if name == "dtype" and isinstance(value, str):
+            return getattr(self.framework, value, value)
+        return value
+
+
+def _find(module_name: str, class_name: str) -> Callable[..., Any]:
+    if module_name.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+        if spec is None or spec.loader is None or not Path(module_name).is_file():
+            raise ImportError(f"no file {module_name}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # MindSpore's compiler looks there
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(module_name)
+    cls: Callable[..., Any] = getattr(module, class_name)
+    return cls
+
+
+def _permuted(tensor: Any, order: tuple[int, ...]) -> Any:
+    """The same tensor, whose memory has the axes in this order."""
+    back = tuple(int(axis) for axis in np.argsort(order))
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def _dtype(tensor: Any) -> str:
+    """float32 for torch.float32 as for mindspore's Float32."""
+    return str(tensor.dtype).removeprefix("torch.").lower()

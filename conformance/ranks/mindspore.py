@@ -1,0 +1,271 @@
+"""A rank of a MindSpore target, in PyNative or in graph mode."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest import mock
+
+import mindspore as ms
+import numpy.typing as npt
+from mindspore import Parameter, Tensor, communication, nn, ops
+from mindspore.common.api import _pynative_executor
+from mindspore.communication.management import _init_with_store
+from mindspore.mint import distributed as dist
+from mindspore.ops.auto_generate import gen_ops_prim
+from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
+
+from conformance.case import Case, Step
+from conformance.ranks import substitutes
+from conformance.ranks.base import Arrays, FrameworkRank
+
+T = TypeVar("T")
+
+_DEVICES = {"cpu": ("CPU", "mccl"), "npu": ("Ascend", "hccl")}
+_MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
+_FLOATING = ("bfloat16", "float16", "float32", "float64")
+_TIMEOUT = timedelta(seconds=60)
+
+# Kernels that talk to other ranks, as the profiler names them; those that mint.distributed calls
+# are unknown to it.
+_COLLECTIVE = re.compile(r"InnerComm\w+|AllReduce|AllGather|ReduceScatter|Broadcast|AlltoAll")
+_UNKNOWN = [cls for name, cls in vars(gen_ops_prim).items() if name.startswith("DistComm")]
+# MindSpore appends where in its own sources an error was raised.
+_FRAMES = re.compile(r"\s*\n-{10,}\n- (C\+\+ Call Stack|The Traceback of).*", re.DOTALL)
+
+
+class MindSporeRank(FrameworkRank):
+    """A process of MindSpore, which can form only one world in its life."""
+
+    def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
+        if target["device"] not in _DEVICES:
+            known = ", ".join(_DEVICES)
+            raise ValueError(f"device must be one of {known}, got {target['device']!r}")
+        self.platform, self.collectives = _DEVICES[target["device"]]
+        if self.platform == "CPU":
+            ms.set_device(self.platform)
+        else:
+            ms.set_device(self.platform, local_rank)
+        ms.runtime.launch_blocking()  # or an error shows at a later, innocent operation
+        ms.set_context(mode=_MODES[target["mode"]])
+        self.mode = target["mode"]
+        if target["rung"] == "substituted":
+            substitutes.install()
+        super().__init__(target, rank, ranks, ms)
+        if not (isinstance(self.cls, type) and issubclass(self.cls, nn.Cell)):
+            raise TypeError(f"{target['cls']} must be a mindspore.nn.Cell")
+        self.joined = False
+        self.learned: list[Parameter] = []
+        self.loss = _Loss()
+
+    def versions(self) -> dict[str, str]:
+        return {"mindspore": ms.__version__, "collectives": self.collectives}
+
+    def host(self) -> int:
+        # A free port, for MindSpore's store cannot choose one; later, a number for `join`.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        return port
+
+    def join(self, port: int) -> None:
+        if self.joined:
+            self._prove_in_step(port)
+        elif "MS_ROLE" in os.environ:  # msrun has brought the ranks together
+            communication.init()
+        else:
+            store = dist.TCPStore("127.0.0.1", port, self.ranks, self.rank == 0, _TIMEOUT)
+            _init_with_store(self.collectives, _TIMEOUT, self.ranks, self.rank, store)
+        self.joined = True
+
+    def build(self, arguments: dict[str, Any]) -> nn.Cell:
+        layer: nn.Cell = self.cls(**arguments)
+        self.learned = layer.trainable_params()
+        return layer
+
+    def load_state(self, layer: nn.Cell, state: dict[str, Tensor]) -> Sequence[str]:
+        given = {name: Parameter(tensor, name=name) for name, tensor in state.items()}
+        unknown: list[str] = ms.load_param_into_net(layer, given)[1]
+        return unknown
+
+    def state(self, layer: nn.Cell) -> dict[str, Tensor]:
+        parameters: dict[str, Tensor] = layer.parameters_dict()
+        return parameters
+
+    def parameters(self, layer: nn.Cell) -> dict[str, Tensor]:
+        return self.state(layer) | dict(layer.named_buffers())
+
+    def create_group(self, ranks: tuple[int, ...]) -> str:
+        """Only by the members: a call of any other rank would break the group for all."""
+        name = "ranks " + ",".join(map(str, ranks))
+        if self.rank in ranks:
+            communication.create_group(name, list(ranks))
+        return name
+
+    def tensor(self, values: npt.NDArray[Any], dtype: str) -> Tensor:
+        return Tensor(values, dtype=getattr(ms, dtype))
+
+    def array(self, tensor: Tensor) -> npt.NDArray[Any]:
+        wide = tensor.astype(ms.float32) if tensor.dtype == ms.bfloat16 else tensor
+        array: npt.NDArray[Any] = wide.asnumpy().copy()
+        return array
+
+    def missing(self, case: Case) -> str | None:
+        named = {step.dtype_of(rank) for step in case.steps for rank in range(case.ranks)}
+        for dtype in _FLOATING:
+            if dtype in named | {case.parameter_dtype} and (reason := _lacks(dtype)):
+                return f"MindSpore {ms.__version__} has no {dtype} on {self.platform}: {reason}"
+        if self.mode == "graph" and any(step.recompute for step in case.steps):
+            return "in a graph MindSpore recomputes operations, not the forward of a layer"
+        if self.mode == "graph" and any(_idles(step) for step in case.steps):
+            return "a compiled forward does not know whether it will be differentiated"
+        if self.platform != "CPU" and "collectives" in case.checks:
+            return "collectives of MindSpore are counted on CPU only"
+        return None
+
+    def run(self, case: Case) -> tuple[dict[str, Any], Arrays]:
+        if self.mode == "graph":
+            # There an error is raised on all ranks only in debug mode, which the others are not.
+            os.environ["SYNCBN_DEBUG"] = str(int(any(step.error for step in case.steps)))
+        return super().run(case)
+
+    def describe(self, error: Exception) -> dict[str, Any]:
+        # After an error inside of a gradient, later ones would fail without this.
+        _pynative_executor.clear_res()
+        described = super().describe(error)
+        return described | {"message": _FRAMES.sub("", described["message"]).strip()}
+
+    def take(
+        self, layer: nn.Cell, x: Tensor, dy: Tensor | None, step: Step, counting: bool
+    ) -> tuple[dict[str, Tensor | None], list[int]]:
+        wants_input, wants_parameters = step.wants_grad(self.rank)
+        for parameter in self.learned:
+            parameter.requires_grad = wants_parameters
+        layer.set_train(step.mode == "train")
+        weights = self.learned if wants_parameters else []
+        position = 0 if wants_input and x.is_floating_point() else None
+        recomputing, loss = step.recompute, self.loss
+
+        # Plain functions of tensors, for in graph mode they are compiled.
+        def forward(x: Tensor) -> Tensor:
+            return ms.recompute(layer, x) if recomputing else layer(x)
+
+        def with_loss(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+            y = forward(x)
+            return loss(y, dy), y
+
+        in_forward = _count_aside(layer, lambda: forward(x)) if counting else 0
+        if dy is None or (position is None and not weights):
+            return {"y": forward(x)}, [in_forward]
+        both = ms.value_and_grad(with_loss, position, weights or None, has_aux=True)
+        ((_, y), found), in_both = _count(lambda: both(x, dy), counting)
+        if not weights:
+            found = (found, ())
+        elif position is None:
+            found = (None, found)
+        by_weight = {f"grad_{p.name}": grad for p, grad in zip(weights, found[1], strict=True)}
+        return {"y": y, "grad_input": found[0], **by_weight}, [in_forward, in_both - in_forward]
+
+    def _prove_in_step(self, nonce: int) -> None:
+        """Raise unless no rank has sent or awaits anything of a collective that came to nothing.
+
+        MindSpore cannot form a second world. But the world is as good as new if its collectives,
+        and those of its groups, give exactly what they should for numbers nobody has seen before.
+        """
+        world = (tuple(range(self.ranks)), None)
+        for ranks, group in (world, *self.groups.items()):
+            if self.rank in ranks:
+                for turn in range(3):
+                    _prove(self.rank, ranks, group, nonce + turn)
+
+
+def _idles(step: Step) -> bool:
+    """Whether a rank is at fault for having nothing to differentiate."""
+    at_fault = step.error.ranks if step.error else ()
+    return any(step.backward and not any(step.wants_grad(rank)) for rank in at_fault)
+
+
+class _Loss(nn.Cell):
+    """A loss whose gradient in y is dy itself, in its layout."""
+
+    def construct(self, y: Tensor, dy: Tensor) -> Tensor:
+        return y.sum()
+
+    def bprop(self, y: Tensor, dy: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy
+
+
+def _prove(rank: int, ranks: Sequence[int], group: str | None, nonce: int) -> None:
+    numbers = {one: (nonce * 31 + one * 7) % 4093 for one in ranks}
+    mine = Tensor([numbers[rank]], ms.float32)
+    gathered = [ops.zeros_like(mine) for _ in ranks]
+    dist.all_gather(gathered, mine, group)
+    summed = ops.zeros_like(mine) + mine
+    dist.all_reduce(summed, group=group)
+    sent = ops.zeros_like(mine) + mine
+    dist.broadcast(sent, ranks[0], group)
+    got = [float(tensor.asnumpy()[0]) for tensor in (*gathered, summed, sent)]
+    expected = [*numbers.values(), sum(numbers.values()), numbers[ranks[0]]]
+    if got != expected:
+        raise RuntimeError(f"the ranks are out of step: got {got}, expected {expected}")
+
+
+@functools.cache
+def _lacks(dtype: str) -> str | None:
+    """What the platform cannot do with a dtype that no layer can do without."""
+    try:
+        values = Tensor([1.0, 2.0], getattr(ms, dtype))
+        ops.assign(Parameter(values, name="values"), values)
+        values.sum()
+    except (TypeError, RuntimeError) as error:
+        _pynative_executor.clear_res()
+        lines = [line for line in str(error).splitlines() if re.search(r"\w", line)]
+        return next((line for line in lines if not line.startswith("- ")), "")
+    return None
+
+
+def _count_aside(layer: nn.Cell, call: Callable[[], Any]) -> int:
+    """How many collectives a call issues; afterwards the layer is as it was before."""
+    before = {parameter: parameter.asnumpy().copy() for parameter in layer.get_parameters()}
+    _, count = _count(call, True)
+    for parameter, values in before.items():
+        parameter.set_data(Tensor(values, parameter.dtype))
+    return count
+
+
+def _count(call: Callable[[], T], counting: bool) -> tuple[T, int]:
+    """The result of a call and how many collectives it issued."""
+    if not counting:
+        return call(), 0
+    unknown = 0
+
+    def heard(original: Callable[..., Any]) -> Callable[..., Any]:
+        def listening(*arguments: Any) -> Any:
+            nonlocal unknown
+            unknown += 1
+            return original(*arguments)
+
+        return listening
+
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        for cls in _UNKNOWN:
+            stack.enter_context(mock.patch.object(cls, "__call__", heard(cls.__call__)))
+        written = tensorboard_trace_handler(place, analyse_flag=False)
+        with profile(activities=[ProfilerActivity.CPU], on_trace_ready=written):
+            result = call()
+        kernels = [
+            kernel
+            for file in Path(place).rglob("cpu_op_type_info_*.csv")
+            for kernel in csv.DictReader(file.read_text().splitlines())
+        ]
+    counts = [int(k["type_occurrences"]) for k in kernels if _COLLECTIVE.fullmatch(k["op_type"])]
+    return result, sum(counts) + unknown

@@ -1,0 +1,146 @@
+"""Ranks that msrun starts, as MindSpore's users start theirs, on this machine. Needs Linux.
+
+msrun starts what it is given once for each rank and once more as the scheduler, through which the
+ranks meet in mindspore.communication.init(). What it is given is this file, which then becomes the
+command or the scheduler. msrun runs without --join, for with it the peers of a rank that fails are
+killed before they can tell what they saw; so it ends as soon as all have started, and they are
+found again by a mark in their environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+_MARK = "SYNCBN_MSRUN"
+_SCHEDULER = "from mindspore.communication import init; init()"
+
+
+class MsrunJob:
+    """The ranks and the scheduler of one call of msrun.
+
+    Raises:
+        FileNotFoundError: MindSpore is not installed.
+    """
+
+    def __init__(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
+        if importlib.util.find_spec("mindspore") is None:
+            raise FileNotFoundError(
+                "launcher msrun needs MindSpore, which is not installed: "
+                "pip install -e '.[mindspore]'"
+            )
+        self._ranks = ranks
+        self._logs = Path(tempfile.mkdtemp(prefix="syncbn-msrun-"))
+        # msrun starts the first python3 that it finds: it must be this one.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        options = {
+            "worker_num": ranks,
+            "local_worker_num": ranks,
+            "master_port": _free_port(),
+            "log_dir": self._logs,
+        }
+        # The pipe is for the scheduler, which is to end with the controller.
+        with self._own_log.open("wb") as log:
+            self._msrun = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mindspore.parallel.cluster.run"),
+                    *(f"--{name}={value}" for name, value in options.items()),
+                    *("python3", __file__, *command),
+                ],
+                env={**os.environ, **environment, "PATH": path, _MARK: str(self._logs)},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in a terminal is for the controller alone
+            )
+
+    def dump_stacks(self) -> None:
+        for pid in self._workers().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+
+    def ended(self) -> list[int]:
+        if self._msrun.poll() is None:  # it may not have started all of them yet
+            return []
+        workers = self._workers()
+        return [rank for rank in range(self._ranks) if rank not in workers]
+
+    def output(self, rank: int) -> str:
+        if self._msrun.poll():  # it failed itself, and says why
+            return self._own_log.read_text(errors="replace")
+        log = self._logs / f"worker_{rank}.log"
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    def stop(self) -> None:
+        with self._msrun:  # first, so that it starts no more
+            self._msrun.kill()
+        while processes := list(self._processes()):
+            for pid, _ in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        shutil.rmtree(self._logs, ignore_errors=True)
+
+    @property
+    def _own_log(self) -> Path:
+        return self._logs / "msrun.log"
+
+    def _workers(self) -> dict[int, int]:
+        """The process id of each rank that lives; not of what a rank has started itself."""
+        found = {}
+        for pid, environment in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                # msrun gives every rank a session of its own.
+                if environment.get("MS_ROLE") == "MS_WORKER" and os.getsid(pid) == pid:
+                    found[int(environment["MS_NODE_ID"])] = pid
+        return found
+
+    def _processes(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Every process of this start, with the environment that it began with."""
+        for place in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+                lines = os.fsdecode(place.read_bytes()).split("\0")
+                environment = dict(line.split("=", 1) for line in lines if "=" in line)
+                if environment.get(_MARK) == str(self._logs):
+                    yield int(place.parent.name), environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _schedule() -> None:
+    """Be the scheduler as long as the controller lives, whose end closes the pipe at stdin."""
+    # In a child, for init() never lets another thread run.
+    scheduler = subprocess.Popen([sys.executable, "-c", _SCHEDULER], stdin=subprocess.DEVNULL)
+    sys.stdin.read()
+    scheduler.kill()
+
+
+def _become(command: list[str]) -> None:
+    """Be a rank: run the command in place of this process."""
+    os.environ["RANK"] = os.environ["MS_NODE_ID"]
+    os.environ["WORLD_SIZE"] = os.environ["MS_WORKER_NUM"]
+    os.environ["LOCAL_RANK"] = os.environ["DEVICE_ID"]
+    os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    if os.environ["MS_ROLE"] == "MS_SCHED":
+        _schedule()
+    else:
+        _become(sys.argv[1:])

@@ -1,0 +1,127 @@
+"""What runs found about one target, as a Markdown document: statement, what it does, how to see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from reports.document import Report, ReportError
+from reports.table import replay_command
+
+_SHOWN = 4  # failing cases of a clause and a run
+_RUNGS = {
+    "device": "the layer itself",
+    "substituted": "the layer's own code, with substitutes for the kernels and collectives that "
+    "only Ascend has (conformance/ranks/substitutes.py)",
+}
+_INTRODUCTION = """\
+Statement by statement, what the layer did in the runs below, and the command that shows it again.
+The statements are the clauses of the [contract](contract.md): first those that the operator's page
+makes, then what the page leaves open and the contract decides.
+
+"pass" means: as the clause says, in all its cases. What a case is, and how numbers are judged, is
+told in [conformance.md](conformance.md).
+"""
+
+
+def findings(reports: Sequence[Report], command: str) -> str:
+    """The document of one or more runs of one target.
+
+    Args:
+        reports: the runs, for example on different numbers of ranks.
+        command: how this document was made, to stand in it.
+
+    Raises:
+        ReportError: there is no report, or they are not of one target.
+    """
+    names = {report["target"]["name"] for report in reports}
+    if len(names) != 1:
+        shown = ", ".join(sorted(names)) or "none"
+        raise ReportError(f"the reports must be of one target, got {shown}")
+    target = reports[0]["target"]
+    title = f"{target['module']}.{target['class']}"
+    lines = [
+        f"# What {title} does",
+        "",
+        f"Made by `{command}` from the runs below; not written by hand.",
+        "",
+        _INTRODUCTION,
+        *_runs(reports),
+        "## What the page says",
+        "",
+        *_clauses(reports, documented=True),
+        "## What the page leaves open",
+        "",
+        *_clauses(reports, documented=False),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _runs(reports: Sequence[Report]) -> list[str]:
+    lines = [
+        "| ranks | ran | environment | suite | required clauses that pass |",
+        "|---|---|---|---|---|",
+    ]
+    for report in reports:
+        target, environment = report["target"], report["environment"]
+        versions = ", ".join(
+            f"{name} {environment[name]}"
+            for name in ("mindspore", "torch", "python", "numpy", "processor")
+            if name in environment
+        )
+        commit = (report["suite"]["commit"] or "unknown")[:12]
+        dirty = " with local changes" if report["suite"]["dirty"] else ""
+        mode = f", {target['mode']}" if target["mode"] else ""
+        required = report["summary"]["required"]
+        ran = f"{target['device']}{mode}, {target['rung']}"
+        lines.append(
+            f"| {report['ranks']} | {ran} | {versions} | {commit}{dirty} "
+            f"| {required['pass']} of {sum(required.values())} |"
+        )
+    rungs = sorted({report["target"]["rung"] for report in reports})
+    explained = [f"{rung}: {_RUNGS[rung]}." for rung in rungs if rung in _RUNGS]
+    return [*lines, "", *explained, ""]
+
+
+def _clauses(reports: Sequence[Report], documented: bool) -> list[str]:
+    lines = []
+    for place, clause in enumerate(reports[0]["clauses"]):
+        if (clause["origin"] != "decided") == documented:
+            lines += [f"### {clause['id']}: {clause['title']}", ""]
+            for report in reports:
+                lines += _clause(report, report["clauses"][place])
+            lines.append("")
+    return lines
+
+
+def _clause(report: Report, clause: Any) -> list[str]:
+    ranks = f"{report['ranks']} rank{'s' * (report['ranks'] > 1)}"
+    cases = [case for case in report["cases"] if case["clause"] == clause["id"]]
+    if not cases:
+        return [f"- {ranks}: not run ({clause['reason']})"]
+    failing = [case for case in cases if case["verdict"] in ("fail", "hang", "crash")]
+    unsupported = [case for case in cases if case["verdict"] == "unsupported"]
+    asked = len(cases) - len(unsupported)
+    if failing:
+        head = f"- {ranks}: **{clause['verdict']}** in {len(failing)} of {asked} cases"
+    else:
+        head = f"- {ranks}: pass, {asked} cases" if asked else f"- {ranks}: could not be asked"
+    if unsupported:
+        head += f"; {len(unsupported)} unsupported ({_line(unsupported[0])})"
+    lines = [head]
+    for case in failing[:_SHOWN]:
+        lines += [
+            f"  - {case['spec']['title']}: {case['verdict']}: {_line(case)}",
+            f"    `{replay_command(report, case)}`",
+        ]
+    if len(failing) > _SHOWN:
+        lines.append(f"  - and {len(failing) - _SHOWN} more cases")
+    return lines
+
+
+def _line(case: Any) -> str:
+    """The message of a case, as one line of Markdown."""
+    text = " ".join((case["message"] or "").split())
+    for character in "\\`*_<>|[]":
+        text = text.replace(character, f"\\{character}")
+    return text

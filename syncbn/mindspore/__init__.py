@@ -1,0 +1,6 @@
+"""SyncBatchNorm for MindSpore: Ascend (HCCL) and CPU ranks, in PyNative and in graph mode."""
+
+from syncbn.mindspore.groups import create_group
+from syncbn.mindspore.layer import SyncBatchNorm
+
+__all__ = ["SyncBatchNorm", "create_group"]

@@ -1,0 +1,99 @@
+"""The backends of the layer: five leaf operations each, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, Protocol, cast
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+_MODULES = {
+    "composed": "syncbn.mindspore.backends.composed",
+    "aclnn": "syncbn.mindspore.backends.aclnn",
+}
+_DEFAULTS = {"CPU": "composed", "Ascend": "aclnn"}
+
+
+class Backend(Protocol):
+    """What a backend module provides: functions that also compile in graph mode.
+
+    x and dy are of shape (R, C, S) with R * S >= 1 values per channel. Statistics and sums are
+    (C,), of the dtype `wide()`; weight and bias are (C,) or None. Nothing here may wait for the
+    device: no host value, no shape that depends on data.
+    """
+
+    def stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of each channel of this rank."""
+
+    def combine(
+        self, means: Tensor, variances: Tensor, counts: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Merge the statistics of P parts into mean, var, invstd (C,) and n, a scalar.
+
+        means and variances are (P, C), counts (P,); a count of 0 is ignored. Chan, Golub and
+        LeVeque, The American Statistician 37 (1983), for P parts: mean = sum w m and
+        var = sum w (v + (m - mean)^2), with w = count / n; invstd = 1 / sqrt(var + eps).
+        """
+
+    def normalize(
+        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """y = (x - mean) * invstd * weight + bias, in the dtype of x."""
+
+    def reduce_grad(self, dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """sum dy and sum dy * (x - mean) over this rank."""
+
+    def input_grad(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        weight: Tensor | None,
+        sum_dy: Tensor,
+        sum_dy_xmu: Tensor,
+        n: Tensor,
+    ) -> Tensor:
+        """dx = weight invstd (dy - sum_dy / n - (x - mean) invstd^2 sum_dy_xmu / n).
+
+        The sums and n are those of the whole group.
+        """
+
+
+@ops.constexpr  # type: ignore[untyped-decorator]
+def wide() -> Any:
+    """The dtype of statistics and sums: float64 on CPU, float32 on Ascend, which has no other."""
+    return ms.float64 if ms.get_context("device_target") == "CPU" else ms.float32
+
+
+def number(value: float) -> Tensor:
+    """A number of the dtype `wide()`: as it is, MindSpore would round it to float32."""
+    return Tensor(value, wide())
+
+
+def inverse_std(var: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(var + eps)."""
+    return 1 / ops.sqrt(var + number(eps))
+
+
+def load(name: str) -> Backend:
+    """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else the device's default.
+
+    Raises:
+        ValueError: there is no backend of that name, or none for this device.
+    """
+    source = "backend"
+    if name == "auto":
+        source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
+    if name == "auto":
+        device = ms.get_context("device_target")
+        if device not in _DEFAULTS:
+            known = ", ".join(_DEFAULTS)
+            raise ValueError(f"device_target must be one of {known}, got {device!r}")
+        name = _DEFAULTS[device]
+    if name not in _MODULES:
+        known = ", ".join(["auto", *_MODULES])
+        raise ValueError(f"{source} must be one of {known}, got {name!r}")
+    return cast(Backend, importlib.import_module(_MODULES[name]))

@@ -1,0 +1,283 @@
+"""A training step of the layer: statistics of the group, and the gradients that go with them.
+
+A step costs two collectives: one all_gather of each rank's statistics in the forward, one
+all_reduce of two sums per channel in the backward. A rank that fails before the all_gather still
+joins it, with a mark, so that every rank raises and none waits (ERR-9).
+
+The cells are written once for PyNative and for graph mode. Where only one of the two can do a
+thing there is a branch on `compiling()`: a graph raises by an operator of its own, which cannot
+quote another rank, and it does not know whether it will be differentiated. A graph also drops a
+collective whose result is not used, and reorders two that do not depend on each other, each rank by
+itself; `ops.depend` stands where a rank without data would otherwise have such collectives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from mindspore.graph.api import _pynative_executor
+
+from syncbn.contract import PeerError, check_shape
+from syncbn.mindspore.backends import Backend, wide
+from syncbn.mindspore.graph import compiling, host_may_look
+from syncbn.mindspore.groups import ALONE, Communicator, Group
+
+Problem: TypeAlias = "tuple[str, str] | None"  # type and text of an error; see `problem_of`
+
+FLOATING = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
+
+_COUNT_WORD = 2**20  # a count travels in two words, each exact in float32
+_ERROR_BYTES = 512  # of the text that a failing rank sends round
+
+# The last word of a rank's message: what the rank is going to do after the all_gather.
+_NOTHING, _BACKWARD, _FAIL = 0, 1, 2
+
+
+class BatchStatistics(nn.Cell):
+    """Statistics of the inputs of all ranks of a group, by one all_gather; not differentiable.
+
+    Args:
+        num_features: C.
+        eps: added to the variance in invstd.
+        group: whose ranks call the cell together.
+        backend: of the leaf operations.
+    """
+
+    def __init__(self, num_features: int, eps: float, group: Group, backend: Backend) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.stats, self.combine = backend.stats, backend.combine
+        self.ranks = Communicator(group)
+        self.rank_ids = list(group.ranks)
+        self.rank_id_tensor = Tensor(np.array(group.ranks))
+
+    def construct(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, problem: Problem
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, biased variance and 1 / sqrt(var + eps), (C,) each, of n values (a scalar tensor).
+
+        Raises:
+            TypeError, ValueError: there is a `problem_of` x.
+            RuntimeError: some ranks have nothing to differentiate, others have and would wait.
+            PeerError: another rank raised one of these, or anything else; in a graph it is a
+                RuntimeError.
+        """
+        if compiling():  # @jit.cond: True
+            table = self._gather_in_graph(x, problem)
+        else:
+            table = self._gather(x, weight, bias, problem)
+        counts = table[:, -3] * _COUNT_WORD + table[:, -2]
+        means, variances = table[:, : self.num_features], table[:, self.num_features : -3]
+        return self.combine(means, variances, counts, self.eps)
+
+    def _gather(
+        self, x: Any, weight: Tensor | None, bias: Tensor | None, problem: Problem
+    ) -> Tensor:
+        """The messages of all ranks, none of which has failed."""
+        failure: Exception | None = None
+        try:
+            raise_problem(problem)
+            todo = _BACKWARD if _differentiates(x, weight, bias) else _NOTHING
+            message = self._message(x, todo)
+        except Exception as error:
+            failure = error
+            message = self._failure()
+        table = self.ranks.all_gather(message)
+        if host_may_look():
+            self._check_together(table, failure)
+        elif failure:
+            raise failure
+        return table
+
+    def _gather_in_graph(self, x: Tensor, problem: Problem) -> Tensor:
+        """The same, compiled: a wrong input is known to the compiler, a failed peer is not."""
+        message = self._failure() if problem else self._message(x, _BACKWARD)
+        table = self.ranks.all_gather(message)
+        if problem or host_may_look():
+            marks = table[:, -1]
+            if marks.max() == _FAIL:
+                # Not by raise_problem: a call, for which the compiler would raise at once.
+                if problem is not None:
+                    if problem[0] == "TypeError":
+                        raise TypeError(problem[1])
+                    raise ValueError(problem[1])
+                rank = self.rank_id_tensor[marks.argmax()]
+                raise RuntimeError(f"rank {rank} failed: see the error that it raised")
+        return table
+
+    def _message(self, x: Tensor, todo: int) -> Tensor:
+        """What this rank tells the others, 2 C + 3 words: mean, var, count, what it will do."""
+        x = ops.stop_gradient(x)
+        count = count_of(x)
+        words = Tensor([count // _COUNT_WORD, count % _COUNT_WORD, todo], wide())
+        if count == 0:
+            message = ops.cat([ops.zeros((2 * self.num_features,), wide()), words])
+            return ops.depend(message, x)
+        mean, var = self.stats(canonical(x))
+        return ops.cat([mean.astype(wide()), var.astype(wide()), words])
+
+    def _failure(self) -> Tensor:
+        nothing = ops.zeros((2 * self.num_features + 2,), wide())
+        return ops.cat([nothing, Tensor([_FAIL], wide())])
+
+    def _check_together(self, table: Tensor, failure: Exception | None) -> None:
+        """Raise on every rank if the ranks' messages show that the step must fail."""
+        marks = table[:, -1].asnumpy().tolist()
+        failed = [place for place, said in enumerate(marks) if said == _FAIL]
+        idle = [self.rank_ids[place] for place, said in enumerate(marks) if said == _NOTHING]
+        if failed:
+            errors = self._exchange_errors(failure)
+            if failure:
+                raise failure
+            raise PeerError(
+                "; ".join(f"rank {self.rank_ids[at]} failed: {errors[at]}" for at in failed)
+            )
+        if idle and len(idle) < len(marks):
+            raise RuntimeError(
+                f"{_name(idle)} nothing to differentiate (no gradient is wanted of input, weight "
+                "or bias, or gradients are off), but other ranks of the group have: their "
+                "backward would wait for ever"
+            )
+
+    def _exchange_errors(self, failure: Exception | None) -> list[str]:
+        """Every rank's error text, by a second all_gather that only failing steps pay."""
+        text = f"{type(failure).__name__}: {failure}" if failure else ""
+        encoded = text.encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
+        message = Tensor(np.frombuffer(encoded, np.uint8).astype(np.float32)).astype(wide())
+        table = self.ranks.all_gather(message).asnumpy().astype(np.uint8)
+        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in table]
+
+
+class Normalize(nn.Cell):
+    """y = (x - mean) * invstd * weight + bias, differentiable once in x, weight and bias.
+
+    Args:
+        backend: of the leaf operations.
+        group: the ranks whose inputs mean and invstd are functions of; None if they are constants.
+    """
+
+    def __init__(self, backend: Backend, group: Group | None) -> None:
+        super().__init__()
+        self.normalize = backend.normalize
+        self.reduce_grad, self.input_grad = backend.reduce_grad, backend.input_grad
+        self.constant = group is None
+        self.ranks = Communicator(group or ALONE)
+
+    def construct(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        n: Tensor,
+    ) -> Tensor:
+        if count_of(x) == 0:
+            return ops.depend(ops.zeros(x.shape, x.dtype), mean)
+        return self.normalize(canonical(x), mean, invstd, weight, bias).reshape(x.shape)
+
+    def bprop(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        n: Tensor,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        empty = count_of(x) == 0
+        sum_dy, sum_dy_xmu = ops.zeros_like(mean), ops.zeros_like(mean)
+        if not empty:
+            sum_dy, sum_dy_xmu = self.reduce_grad(canonical(dout), canonical(x), mean)
+        grad_weight = None if weight is None else (sum_dy_xmu * invstd).astype(weight.dtype)
+        grad_bias = None if bias is None else sum_dy.astype(bias.dtype)
+        dx = ops.zeros(x.shape, x.dtype)
+        if self.constant:
+            if not empty:
+                dx = self.normalize(canonical(dout), ops.zeros_like(mean), invstd, weight, None)
+        else:
+            # Also without data: the others wait for this rank's sums.
+            sums = ops.cat([sum_dy, sum_dy_xmu]).astype(wide())
+            tag = ops.where(ops.isfinite(mean), mean, 0.0).sum()
+            sums = self.ranks.all_reduce(ops.depend(sums, (dout, mean)), tag)
+            sum_dy, sum_dy_xmu = sums[: mean.shape[0]], sums[mean.shape[0] :]
+            if not empty:
+                dx = self.input_grad(
+                    canonical(dout), canonical(x), mean, invstd, weight, sum_dy, sum_dy_xmu, n
+                )
+            dx = ops.depend(dx, sums)
+            grad_weight = None if weight is None else ops.depend(grad_weight, sums)
+            grad_bias = None if bias is None else ops.depend(grad_bias, sums)
+        zeros = ops.zeros_like(mean), ops.zeros_like(invstd), ops.zeros_like(n)
+        return dx.reshape(x.shape), grad_weight, grad_bias, *zeros
+
+
+def problem_of(x: Any, num_features: int, weight: Tensor | None) -> Problem:
+    """Type and text of the error that x deserves, or None if it can be normalized.
+
+    x must be a tensor of shape (N, C, +) with C = num_features, of the dtype of the parameters or
+    of float16 or bfloat16 beside float32 parameters.
+    """
+    if not isinstance(x, Tensor):
+        return "TypeError", "input must be a mindspore.Tensor"
+    weight_dtype = None if weight is None else weight.dtype
+    return _problem_of_form(x.shape, x.dtype, num_features, weight_dtype)
+
+
+def raise_problem(problem: Problem) -> None:
+    """Raise the error that `problem_of` has found, if any."""
+    if problem is not None:
+        kind, text = problem
+        if kind == "TypeError":
+            raise TypeError(text)
+        raise ValueError(text)
+
+
+def count_of(x: Tensor) -> int:
+    """How many values each channel of (N, C, *S) has."""
+    count: int = x.shape[0]
+    for size in x.shape[2:]:
+        count = count * size
+    return count
+
+
+def canonical(x: Tensor) -> Tensor:
+    """(N, C, *S) as (N, C, prod S)."""
+    return x.reshape(x.shape[0], x.shape[1], -1)
+
+
+@ops.constexpr  # type: ignore[untyped-decorator]
+def _problem_of_form(shape: Any, dtype: Any, num_features: int, weight_dtype: Any) -> Problem:
+    """What of `problem_of` is known when a graph is compiled."""
+    try:
+        check_shape(shape, num_features)
+    except ValueError as error:
+        return "ValueError", str(error)
+    if dtype not in FLOATING:
+        names = ", ".join(str(known) for known in FLOATING)
+        return "TypeError", f"input must have one of the dtypes {names}, got {dtype}"
+    half = dtype in (ms.float16, ms.bfloat16)
+    if weight_dtype not in (None, dtype) and not (half and weight_dtype == ms.float32):
+        return "TypeError", (
+            f"input must have the dtype of the parameters, {weight_dtype} (Float16 and BFloat16 "
+            f"also go with Float32), got {dtype}"
+        )
+    return None
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    """Whether this rank's backward will reach the layer."""
+    wanted = any(t is not None and t._requires_grad for t in tensors)
+    return wanted and _pynative_executor.requires_grad()
+
+
+def _name(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} has"
+    return f"rank {', rank '.join(map(str, ranks))} have"

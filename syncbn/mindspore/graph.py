@@ -1,0 +1,71 @@
+"""What compiled code needs that eager code does not: to know it, and to order its collectives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+_order = Parameter(Tensor(np.zeros(1, np.float32)), name="syncbn.order", requires_grad=False)
+
+
+def compiling() -> bool:
+    """Whether this code is being compiled into a graph, where a function is not a constant."""
+    return _is_none_to_the_compiler(_some_function)
+
+
+def host_may_look() -> bool:
+    """Whether a training step may read a value of the device and raise for what it finds.
+
+    That makes the host wait for an accelerator in every step and cuts a graph in pieces that lose
+    the order of collectives in parallel branches, so there only SYNCBN_DEBUG=1 does.
+    """
+    return _debugging() or (_on_cpu() and not compiling())
+
+
+class InOrder(nn.Cell):
+    """A collective that a graph does not reorder among those of other layers.
+
+    To the compiler a collective has no effect, so that it is free in the order of two that do not
+    depend on each other, on each rank by itself: ranks with different graphs (one has no data)
+    would meet in different collectives. So all layers read and write one parameter around them,
+    which keeps the order of the program. It belongs to no cell and is in no checkpoint.
+
+    That works for the forward. In a backward the compiler does not order what is read and written;
+    see `Communicator.all_reduce`.
+    """
+
+    def __init__(self, collective: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.collective = collective
+
+    def construct(self, values: Tensor) -> Tensor:
+        if not compiling():
+            return self.collective(values)
+        # A zero of which the compiler does not know that it is one: it sees through ops.depend.
+        result = self.collective(values + _order.value().astype(values.dtype))
+        known = ops.isfinite(result.reshape(-1)[:1]).astype(ms.float32)
+        ops.assign(_order, ops.minimum(known, 0.0))
+        return result
+
+
+@ops.constexpr(check=False)  # type: ignore[untyped-decorator]
+def _is_none_to_the_compiler(value: Any) -> bool:
+    return value is None
+
+
+def _some_function() -> None: ...
+
+
+@ops.constexpr  # type: ignore[untyped-decorator]
+def _debugging() -> bool:
+    return os.environ.get("SYNCBN_DEBUG") == "1"
+
+
+@ops.constexpr  # type: ignore[untyped-decorator]
+def _on_cpu() -> bool:
+    return ms.get_context("device_target") == "CPU"
