@@ -1,10 +1,12 @@
 # Every target that runs something installs what it needs into .venv first, and only when
-# pyproject.toml or constraints.txt changed since.
+# pyproject.toml or constraints.txt changed since. EXTRAS=dev leaves MindSpore out (800 MB).
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-READY := $(VENV)/.ready
+EXTRAS ?= dev,mindspore
+comma := ,
+READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 RANKS ?= 4
 PYTEST_ARGS ?=
 
@@ -14,12 +16,28 @@ PYTEST_ARGS ?=
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+HAS_MINDSPORE := $(RUN) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("mindspore") is None)'
+LEFT_OUT := left out: MindSpore, which is not installed (EXTRAS=dev,mindspore installs it)
+JUDGE := $(RUN) -m conformance run --ranks $(RANKS)
+
 .PHONY: conformance
-conformance: $(READY) ## judge syncbn.torch on RANKS (4) ranks, clause by clause
-	$(RUN) -m conformance run --target syncbn.torch --ranks $(RANKS)
+conformance: $(READY) ## judge our layers on RANKS (4) ranks, beside MindSpore's own operator
+	$(JUDGE) --target syncbn.torch
+	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
+	! $(HAS_MINDSPORE) || $(JUDGE) --target syncbn.mindspore
+	! $(HAS_MINDSPORE) || $(JUDGE) --target syncbn.mindspore --mode graph --profile smoke \
+	  --oracle none --out reports/out/syncbn.mindspore-graph
+
+.PHONY: findings
+findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-conformance.md
+	for ranks in 4 1; do $(RUN) -m conformance run --target mindspore.mint --ranks $$ranks \
+	  --out reports/out/mindspore.mint-$$ranks || test $$? = 1; done
+	$(RUN) -m reports findings reports/out/mindspore.mint-4 reports/out/mindspore.mint-1 \
+	  --out docs/mindspore-conformance.md
 
 .PHONY: test
 test: $(READY) ## the tests of everything (PYTEST_ARGS=... for pytest)
+	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
 .PHONY: bench
@@ -42,5 +60,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else \
 	  f"Python 3.10 to 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)

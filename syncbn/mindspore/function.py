@@ -252,7 +252,7 @@ def canonical(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1], -1)
 
 
-@ops.constexpr  # type: ignore[untyped-decorator]
+@ops.constexpr
 def _problem_of_form(shape: Any, dtype: Any, num_features: int, weight_dtype: Any) -> Problem:
     """What of `problem_of` is known when a graph is compiled."""
     try:

@@ -53,7 +53,7 @@ class InOrder(nn.Cell):
         return result
 
 
-@ops.constexpr(check=False)  # type: ignore[untyped-decorator]
+@ops.constexpr(check=False)
 def _is_none_to_the_compiler(value: Any) -> bool:
     return value is None
 
@@ -61,11 +61,11 @@ def _is_none_to_the_compiler(value: Any) -> bool:
 def _some_function() -> None: ...
 
 
-@ops.constexpr  # type: ignore[untyped-decorator]
+@ops.constexpr
 def _debugging() -> bool:
     return os.environ.get("SYNCBN_DEBUG") == "1"
 
 
-@ops.constexpr  # type: ignore[untyped-decorator]
+@ops.constexpr
 def _on_cpu() -> bool:
     return ms.get_context("device_target") == "CPU"

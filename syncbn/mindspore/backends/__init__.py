@@ -62,7 +62,7 @@ class Backend(Protocol):
         """
 
 
-@ops.constexpr  # type: ignore[untyped-decorator]
+@ops.constexpr
 def wide() -> Any:
     """The dtype of statistics and sums: float64 on CPU, float32 on Ascend, which has no other."""
     return ms.float64 if ms.get_context("device_target") == "CPU" else ms.float32
