@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,9 @@ from jsonschema import Draft202012Validator
 from rich.console import Console
 
 import reports
+from conformance.cases import catalogue
 from conformance.clauses import CLAUSES
+from conformance.runner import FINDINGS
 from reports import ReportError
 from reports.__main__ import main
 
@@ -34,6 +37,7 @@ def clause(name: str, verdict: str = "pass", **fields: Any) -> dict[str, Any]:
         "required": True,
         "verdict": verdict,
         "cases": 1,
+        "unsupported": 0,
         "worst_ratio": None,
         "worst_case": None,
         "reason": None,
@@ -50,6 +54,7 @@ def case(number: int, name: str, verdict: str = "pass", **fields: Any) -> dict[s
         "ratio": None,
         "message": None,
         "seconds": 0.25,
+        "oracle": None,
         **fields,
     }
 
@@ -73,6 +78,7 @@ def report_of(clauses: list[dict[str, Any]], cases: list[dict[str, Any]]) -> dic
             "mode": None,
             "rung": "twin",
         },
+        "oracle": {"target": None, "left_out": "none was asked for"},
         "environment": {"python": "3.11.7"},
         "ranks": 4,
         "launcher": "local",
@@ -509,3 +515,106 @@ class TestCommandLine:
         forbidden = {"torch", "mindspore", "numpy"}
         forbidden |= {"benchmarks", "conformance", "kernels", "launchers", "reference", "syncbn"}
         assert not imported & forbidden
+
+
+def beside(finding: str, verdict: str = "pass", **fields: Any) -> dict[str, Any]:
+    """What an oracle made of a case."""
+    empty = {"ratio": None, "apart": None, "message": None}
+    return {"finding": finding, "verdict": verdict, **empty, **fields}
+
+
+def three_ways() -> dict[str, Any]:
+    """A target that passes, beside an oracle that does not always."""
+    cases = [
+        case(1, "FWD-1", ratio=0.1, oracle=beside("agree", ratio=0.2, apart=0.3)),
+        case(2, "FWD-4", oracle=beside("oracle departs", "fail", ratio="inf", message="y is nan")),
+        case(3, "FWD-4", oracle=beside("no answer", "fail", message="ValueError: [bold]no[/bold]")),
+        case(4, "ERR-9", oracle=beside("not asked", "not-run", message="may hang")),
+    ]
+    report = report_of([clause("FWD-1"), clause("FWD-4", cases=2), clause("ERR-9")], cases)
+    oracle = report["target"] | {"name": "mindspore.mint", "rung": "substituted"}
+    report["oracle"] = {"target": oracle, "left_out": None}
+    return report
+
+
+class TestOracle:
+    def test_is_valid(self) -> None:
+        reports.validate(three_ways())
+
+    def test_a_finding_that_nobody_knows_is_refused(self) -> None:
+        report = three_ways()
+        report["cases"][0]["oracle"]["finding"] = "fine"
+        with pytest.raises(ReportError, match="'fine' is not one of"):
+            reports.validate(report)
+
+    def test_every_finding_of_the_runner_is_valid(self) -> None:
+        for finding in FINDINGS:
+            report = three_ways()
+            report["cases"][0]["oracle"]["finding"] = finding
+            reports.validate(report)
+
+    def test_the_table_counts_findings_and_shows_the_first_message_of_each_clause(self) -> None:
+        lines = table(three_ways(), 100)
+        start = next(n for n, line in enumerate(lines) if line.startswith("three ways"))
+        assert " ".join(lines[start : start + 2]).startswith(
+            "three ways, with mindspore.mint (cpu, rung substituted) as the oracle: agree 1, "
+        )
+        shown = [line for line in lines if "departs in" in line or "no answer in" in line]
+        assert shown == [
+            "  FWD-4    oracle departs in 1 of 2: y is nan",
+            "  FWD-4    no answer in 1 of 2: ValueError: [bold]no[/bold]",
+        ]
+
+    def test_an_oracle_that_was_left_out_is_said_to_be(self) -> None:
+        assert "oracle left out: none was asked for" in table(passing(), 100)
+
+    def test_a_clause_that_passes_says_what_of_it_could_not_be_asked(self) -> None:
+        partly = clause("NUM-2", cases=3, unsupported=1, reason="no bfloat16")
+        cases = [case(1, "NUM-2"), case(2, "NUM-2"), case(3, "NUM-2", "unsupported")]
+        assert any(
+            "1 unsupported: no bfloat16" in line for line in table(report_of([partly], cases), 100)
+        )
+
+
+class TestFindings:
+    def test_tells_each_run_and_how_to_see_it_again(self) -> None:
+        one, four = failing(), failing()
+        one["ranks"] = 1
+        text = reports.findings([four, one], "the command")
+        assert text.startswith("# What syncbn.torch.SyncBatchNorm does\n")
+        assert "Made by `the command`" in text
+        assert "- 4 ranks: **fail** in 5 of 6 cases" in text
+        assert "- 1 rank: **fail** in 5 of 6 cases" in text
+        assert (
+            "  - case 3: fail: y of rank 3\n    `python -m conformance replay 000000000003" in text
+        )
+        assert "  - and 1 more cases" in text
+        assert (
+            text.index("FWD-1") < text.index("## What the page leaves open") < text.index("ERR-9")
+        )
+
+    def test_a_message_cannot_become_markdown(self) -> None:
+        report = report_of([clause("FWD-1", "fail")], [case(1, "FWD-1", "fail", message="a|b `c`")])
+        assert "a\\|b \\`c\\`" in reports.findings([report], "c")
+
+    def test_refuses_reports_of_different_targets(self) -> None:
+        other = passing()
+        other["target"]["name"] = "torch.nn"
+        with pytest.raises(
+            ReportError, match=r"must be of one target, got syncbn\.torch, torch\.nn"
+        ):
+            reports.findings([passing(), other], "c")
+
+    def test_from_the_command_line(self, tmp_path: Path) -> None:
+        reports.save(passing(), tmp_path / "report.json")
+        assert main(["findings", str(tmp_path), "--out", str(tmp_path / "found.md")]) == 0
+        assert "# What syncbn.torch.SyncBatchNorm does" in (tmp_path / "found.md").read_text()
+
+    def test_the_kept_document_names_cases_that_exist(self) -> None:
+        text = (ROOT / "docs" / "mindspore-conformance.md").read_text()
+        named = set(
+            re.findall(r"replay ([0-9a-f]{12}) --target mindspore.mint --ranks (\d+)", text)
+        )
+        assert named
+        known = {(one.id, str(ranks)) for ranks in (1, 4) for one in catalogue(ranks)}
+        assert named <= known
