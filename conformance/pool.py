@@ -31,6 +31,7 @@ from launchers import LAUNCHERS, Job
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _GRACE_SECONDS = 5.0  # for the peers of a rank that failed, to fail as well
+_GRAPH_PATIENCE = 4.0  # times as long if every rank compiles every step
 _STACK_SECONDS = 0.3  # for a signal handler to write
 
 
@@ -192,9 +193,9 @@ class RankPool:
             except OSError:
                 crashed.append(rank)
                 del waiting[rank]
-        end = time.monotonic() + deadline
-        if crashed:
-            end = time.monotonic() + _GRACE_SECONDS
+        patience = _GRAPH_PATIENCE if self.target.mode == "graph" else 1.0
+        grace = _GRACE_SECONDS * patience
+        end = time.monotonic() + (grace if crashed else deadline * patience)
         while waiting and (left := end - time.monotonic()) > 0:
             ready = wait(list(waiting.values()), left)
             for rank in [rank for rank, c in waiting.items() if c in ready]:
@@ -203,14 +204,14 @@ class RankPool:
                 except (EOFError, OSError):
                     crashed.append(rank)
                     del waiting[rank]
-                    end = min(end, time.monotonic() + _GRACE_SECONDS)
+                    end = min(end, time.monotonic() + grace)
                     continue
                 if answer.content["epoch"] != self._epoch:
                     continue
                 answers[rank] = answer
                 del waiting[rank]
                 if went_wrong(answer):
-                    end = min(end, time.monotonic() + _GRACE_SECONDS)
+                    end = min(end, time.monotonic() + grace)
         hung = sorted(waiting)
         return Outcome(answers, sorted(crashed), hung, self._explain(crashed, hung, answers))
 

@@ -165,9 +165,12 @@ class MindSporeRank(FrameworkRank):
 
         in_forward = _count_aside(layer, lambda: forward(x)) if counting else 0
         if dy is None or (position is None and not weights):
-            return {"y": forward(x)}, [in_forward]
+            y = forward(x)
+            y.asnumpy()  # a graph runs by itself: its errors come out when somebody waits for it
+            return {"y": y}, [in_forward]
         both = ms.value_and_grad(with_loss, position, weights or None, has_aux=True)
         ((_, y), found), in_both = _count(lambda: both(x, dy), counting)
+        y.asnumpy()
         if not weights:
             found = (found, ())
         elif position is None:

@@ -13,7 +13,7 @@ itself; `ops.depend` stands where a rank without data would otherwise have such 
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -24,8 +24,6 @@ from syncbn.contract import PeerError, check_shape
 from syncbn.mindspore.backends import Backend, wide
 from syncbn.mindspore.graph import compiling, host_may_look
 from syncbn.mindspore.groups import ALONE, Communicator, Group
-
-Problem: TypeAlias = "tuple[str, str] | None"  # type and text of an error; see `problem_of`
 
 FLOATING = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
 
@@ -56,7 +54,7 @@ class BatchStatistics(nn.Cell):
         self.rank_id_tensor = Tensor(np.array(group.ranks))
 
     def construct(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, problem: Problem
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, problem: tuple[str, str] | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean, biased variance and 1 / sqrt(var + eps), (C,) each, of n values (a scalar tensor).
 
@@ -75,7 +73,7 @@ class BatchStatistics(nn.Cell):
         return self.combine(means, variances, counts, self.eps)
 
     def _gather(
-        self, x: Any, weight: Tensor | None, bias: Tensor | None, problem: Problem
+        self, x: Any, weight: Tensor | None, bias: Tensor | None, problem: tuple[str, str] | None
     ) -> Tensor:
         """The messages of all ranks, none of which has failed."""
         failure: Exception | None = None
@@ -93,7 +91,7 @@ class BatchStatistics(nn.Cell):
             raise failure
         return table
 
-    def _gather_in_graph(self, x: Tensor, problem: Problem) -> Tensor:
+    def _gather_in_graph(self, x: Tensor, problem: tuple[str, str] | None) -> Tensor:
         """The same, compiled: a wrong input is known to the compiler, a failed peer is not."""
         message = self._failure() if problem else self._message(x, _BACKWARD)
         table = self.ranks.all_gather(message)
@@ -199,8 +197,9 @@ class Normalize(nn.Cell):
         grad_bias = None if bias is None else sum_dy.astype(bias.dtype)
         dx = ops.zeros(x.shape, x.dtype)
         if self.constant:
-            if not empty:
-                dx = self.normalize(canonical(dout), ops.zeros_like(mean), invstd, weight, None)
+            # Not by self.normalize: a graph cannot share a function of construct with bprop.
+            scale = invstd if weight is None else invstd * weight
+            dx = (canonical(dout).astype(wide()) * scale.reshape(1, -1, 1)).astype(x.dtype)
         else:
             # Also without data: the others wait for this rank's sums.
             sums = ops.cat([sum_dy, sum_dy_xmu]).astype(wide())
@@ -218,7 +217,7 @@ class Normalize(nn.Cell):
         return dx.reshape(x.shape), grad_weight, grad_bias, *zeros
 
 
-def problem_of(x: Any, num_features: int, weight: Tensor | None) -> Problem:
+def problem_of(x: Any, num_features: int, weight: Tensor | None) -> tuple[str, str] | None:
     """Type and text of the error that x deserves, or None if it can be normalized.
 
     x must be a tensor of shape (N, C, +) with C = num_features, of the dtype of the parameters or
@@ -230,7 +229,7 @@ def problem_of(x: Any, num_features: int, weight: Tensor | None) -> Problem:
     return _problem_of_form(x.shape, x.dtype, num_features, weight_dtype)
 
 
-def raise_problem(problem: Problem) -> None:
+def raise_problem(problem: tuple[str, str] | None) -> None:
     """Raise the error that `problem_of` has found, if any."""
     if problem is not None:
         kind, text = problem
@@ -249,11 +248,16 @@ def count_of(x: Tensor) -> int:
 
 def canonical(x: Tensor) -> Tensor:
     """(N, C, *S) as (N, C, prod S)."""
-    return x.reshape(x.shape[0], x.shape[1], -1)
+    spatial = 1
+    for size in x.shape[2:]:
+        spatial = spatial * size
+    return x.reshape(x.shape[0], x.shape[1], spatial)
 
 
 @ops.constexpr
-def _problem_of_form(shape: Any, dtype: Any, num_features: int, weight_dtype: Any) -> Problem:
+def _problem_of_form(
+    shape: Any, dtype: Any, num_features: int, weight_dtype: Any
+) -> tuple[str, str] | None:
     """What of `problem_of` is known when a graph is compiled."""
     try:
         check_shape(shape, num_features)

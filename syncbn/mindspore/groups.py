@@ -123,7 +123,8 @@ class Communicator(nn.Cell):
 
     On Ascend they are HCCL's. On CPU, MindSpore reduces only float16 and float32, and gathers
     only over the whole world: there a table that is 0 but for each rank's own row is added up,
-    and float64 goes in three float32 words, exactly but for what is beyond float32's range.
+    and float64 goes in three float32 words, exactly but for what is beyond float32's range (in a
+    graph also for what is below its normal numbers).
     """
 
     def __init__(self, group: Group) -> None:

@@ -114,6 +114,15 @@ class SyncBatchNorm(nn.Cell):
         mean, _, invstd, n = self._own_statistics(x, self.weight, self.bias, problem)
         return self._normalize_by_own(x, self.weight, self.bias, mean, invstd, n)
 
+    def add_flags_recursive(self, **flags: Any) -> SyncBatchNorm:
+        """Take a flag of nn.Cell, but none of mixed precision (`to_float`, amp).
+
+        The input may be float16; statistics and parameters keep the precision that they have.
+        """
+        kept = {name: flag for name, flag in flags.items() if name not in ("fp16", "fp32", "bf16")}
+        super().add_flags_recursive(**kept)
+        return self
+
     def _train(self, x: Tensor) -> Tensor:
         if not self._is_member:
             raise ValueError(
@@ -132,8 +141,8 @@ class SyncBatchNorm(nn.Cell):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         raise_problem(problem_of(x, self.num_features, self.weight))
-        # Copies, for a training step may move the parameters before the backward of this one.
-        mean = self.running_mean.astype(wide())
+        # A copy, for a training step may move the parameter before the backward of this one.
+        mean = self.running_mean.astype(wide()).copy()
         var = self.running_var.astype(wide())
         invstd = inverse_std(var, self.eps)
         return self._normalize_by_running(x, self.weight, self.bias, mean, invstd, mean)
