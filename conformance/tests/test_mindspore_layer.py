@@ -148,7 +148,7 @@ class TestConstruction:
         assert shown == "3, eps=1e-05, momentum=0.1, affine=False, track_running_stats=True"
         layer = SyncBatchNorm(3, momentum=None, backend="composed")
         assert layer.extend_repr().endswith(", backend='composed'")
-        assert f"SyncBatchNorm(\n  {layer.extend_repr()}" in repr(layer)
+        assert repr(layer) == f"SyncBatchNorm({layer.extend_repr()})"
 
     def test_deepcopy(self) -> None:
         layer = make_layer(momentum=None, backend="composed")
@@ -243,9 +243,11 @@ class TestNetwork:
         (hidden,) = oracle.forward([numpy_of(randn(5, 3))])
         (expected,) = oracle.forward([hidden.value])
         assert np.allclose(numpy_of(y), expected.value, atol=1e-5)
-        assert int(layer.parameters_dict()["num_batches_tracked"].asnumpy()) == 2
-        running_var = layer.parameters_dict()["running_var"]
-        assert np.allclose(numpy_of(running_var), oracle.running_var.value, atol=1e-6)
+        assert oracle.num_batches_tracked == 2
+        tracked = layer.num_batches_tracked
+        assert tracked is not None
+        assert int(tracked.asnumpy()) == 2
+        assert np.allclose(numpy_of(layer.running_var), oracle.running_var.value, atol=1e-6)
 
 
 class _Calls(nn.Cell):
@@ -453,15 +455,15 @@ class TestWithMindSpore:
     def test_to_float(self, training: bool, mode: str) -> None:
         cast, plain = (make_layer().set_train(training) for _ in range(2))
         cast.to_float(ms.float16)
-        x, dy = randn(5, 3), randn(5, 3, seed=1, dtype=ms.float16)
+        x, dy = randn(5, 3), randn(5, 3, seed=1)
         taken = step(cast, x, dy, mode)
-        expected = assert_step(plain, x.astype(ms.float16), dy, mode)
+        expected = assert_step(plain, x, dy, mode)
         assert same(taken.y, expected.y)
-        assert same(taken.dx, expected.dx.astype(ms.float32))
+        assert same(taken.dx, expected.dx)
         assert all(map(same, taken.gradients.values(), expected.gradients.values()))
         assert_untouched(cast, state_of(plain))
 
-    @pytest.mark.parametrize("level", ["O1", "O2", "O3", "auto"])
+    @pytest.mark.parametrize("level", ["O2", "O3", "auto"])
     def test_amp(self, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)  # MindSpore writes what it rewrites where it runs
         network = nn.SequentialCell(nn.Dense(3, 3), SyncBatchNorm(3)).set_train()

@@ -7,6 +7,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore._c_expression import MixedPrecisionType
 
 from syncbn.contract import SINGLE_VALUE, check_arguments, check_dtype
 from syncbn.mindspore import backends
@@ -34,6 +35,9 @@ class SyncBatchNorm(nn.Cell):
     The arguments and their defaults are those of mindspore.mint.nn.SyncBatchNorm, and so are the
     names of the parameters. As every nn.Cell, a new one is in eval mode: call `set_train()`.
     Without mindspore.communication, or in a group of one rank, it is a BatchNorm.
+
+    With mixed precision (`to_float`, amp levels O2, O3 and auto) it takes what input it is given and
+    keeps its own precision; amp level O1 rewrites the source of a network and cannot rewrite this.
 
     It runs in PyNative mode, and under ms.jit or in graph mode for shapes that the compiler knows.
     In a graph, as on Ascend, an error is raised on all ranks only with SYNCBN_DEBUG=1; the rank at
@@ -70,6 +74,9 @@ class SyncBatchNorm(nn.Cell):
         RuntimeError, PeerError: when called, see `syncbn.mindspore.function.BatchStatistics`.
     """
 
+    # Whose statistics normalize: indices of the inner cells.
+    _GROUP, _OWN, _RUNNING = 0, 1, 2
+
     def __init__(
         self,
         num_features: int,
@@ -86,6 +93,8 @@ class SyncBatchNorm(nn.Cell):
         check_dtype(dtype, FLOATING)
         leaf_operations = backends.load(backend)
         super().__init__()
+        # Set, or in PyNative a cell around it lends it its own; see add_flags_recursive.
+        self.mixed_precision_type = MixedPrecisionType.NOTSET
         num_features, eps = int(num_features), float(eps)
         self.num_features = num_features
         self.eps = eps
@@ -98,11 +107,14 @@ class SyncBatchNorm(nn.Cell):
         group = resolve(process_group)
         self._is_member = group.place is not None
         trains_with = group if self._is_member else ALONE
-        self._group_statistics = BatchStatistics(num_features, eps, trains_with, leaf_operations)
-        self._own_statistics = BatchStatistics(num_features, eps, ALONE, leaf_operations)
-        self._normalize_by_group = Normalize(leaf_operations, trains_with)
-        self._normalize_by_own = Normalize(leaf_operations, ALONE)
-        self._normalize_by_running = Normalize(leaf_operations, None)
+        # In tuples they are no children of this cell, to which a tool for mixed precision would go.
+        self._statistics = tuple(
+            BatchStatistics(num_features, eps, ranks, leaf_operations)
+            for ranks in (trains_with, ALONE)
+        )
+        self._normalize = tuple(
+            Normalize(leaf_operations, ranks) for ranks in (trains_with, ALONE, None)
+        )
 
     def construct(self, x: Tensor) -> Tensor:
         if self.training:
@@ -111,10 +123,10 @@ class SyncBatchNorm(nn.Cell):
             return self._evaluate(x)
         problem = problem_of(x, self.num_features, self.weight)
         raise_problem(problem)
-        mean, _, invstd, n = self._own_statistics(x, self.weight, self.bias, problem)
-        return self._normalize_by_own(x, self.weight, self.bias, mean, invstd, n)
+        mean, _, invstd, n = self._statistics[self._OWN](x, self.weight, self.bias, problem)
+        return self._normalize[self._OWN](x, self.weight, self.bias, mean, invstd, n)
 
-    def add_flags_recursive(self, **flags: Any) -> SyncBatchNorm:
+    def add_flags_recursive(self, **flags: Any) -> Any:
         """Take a flag of nn.Cell, but none of mixed precision (`to_float`, amp).
 
         The input may be float16; statistics and parameters keep the precision that they have.
@@ -129,7 +141,7 @@ class SyncBatchNorm(nn.Cell):
                 "process_group must contain the rank that trains, got a group without it"
             )
         problem = problem_of(x, self.num_features, self.weight)
-        mean, var, invstd, n = self._group_statistics(x, self.weight, self.bias, problem)
+        mean, var, invstd, n = self._statistics[self._GROUP](x, self.weight, self.bias, problem)
         if problem is not None:
             return ops.depend(x, mean)  # never: it was raised. But a graph is compiled to its end.
         if host_may_look():  # noqa: SIM102  # one of them is for the compiler
@@ -137,7 +149,7 @@ class SyncBatchNorm(nn.Cell):
                 raise ValueError(SINGLE_VALUE)
         if self.track_running_stats:
             self._update_running(mean, var, n)
-        return self._normalize_by_group(x, self.weight, self.bias, mean, invstd, n)
+        return self._normalize[self._GROUP](x, self.weight, self.bias, mean, invstd, n)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         raise_problem(problem_of(x, self.num_features, self.weight))
@@ -145,7 +157,7 @@ class SyncBatchNorm(nn.Cell):
         mean = self.running_mean.astype(wide()).copy()
         var = self.running_var.astype(wide())
         invstd = inverse_std(var, self.eps)
-        return self._normalize_by_running(x, self.weight, self.bias, mean, invstd, mean)
+        return self._normalize[self._RUNNING](x, self.weight, self.bias, mean, invstd, mean)
 
     def _update_running(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
         """Move the running statistics, unless the whole group was empty."""

@@ -1,0 +1,111 @@
+"""docs/checkpoints.md does what it says: its code is run here, and what it moved is compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+IMAGES = np.random.default_rng(1).normal(2, 3, (4, 3, 6, 6)).astype(np.float32)
+
+# How far apart two implementations of eval may be, in float32's epsilons of the largest output.
+# Rounding came to 2.0 of them at most, an eps of 1e-3 instead of 1e-5 to 59.
+ALLOWED_EPSILONS = 8
+
+
+def train(net: torch.nn.Module) -> None:
+    """Let no array be one that a new layer has, and no two be equal."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, 1, generator=generator)
+    for _ in range(3):
+        net(torch.from_numpy(IMAGES))
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The names of the document, after its code has run on a network that has been trained."""
+    pytest.importorskip("mindspore", reason="MindSpore is not installed")
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("checkpoints"))
+        for block in blocks:
+            exec(compile(block, str(DOCUMENT), "exec"), names)
+            if "plain" not in names:  # the first block: it has built the network
+                train(names["trained"])
+    for name in ("trained", "plain", "back"):
+        names[name].eval()
+    return names
+
+
+def arrays(net: Any) -> Mapping[str, np.ndarray]:
+    if isinstance(net, torch.nn.Module):
+        return {key: value.numpy() for key, value in net.state_dict().items()}
+    return {key: value.asnumpy() for key, value in net.parameters_dict().items()}
+
+
+def output(net: Any) -> np.ndarray:
+    if isinstance(net, torch.nn.Module):
+        return net(torch.from_numpy(IMAGES)).detach().numpy()
+    import mindspore
+
+    return net(mindspore.Tensor(IMAGES)).asnumpy()
+
+
+def differing(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> list[str]:
+    """Keys of which only one side has an array, or another one, bit for bit."""
+    return sorted(
+        key
+        for key in actual.keys() | expected.keys()
+        if key not in actual
+        or key not in expected
+        or actual[key].dtype != expected[key].dtype
+        or actual[key].tobytes() != expected[key].tobytes()
+    )
+
+
+@pytest.mark.parametrize("name", ["plain", "moved", "back", "mint", "again"])
+def test_a_checkpoint_arrives_bit_for_bit(moved: dict[str, Any], name: str) -> None:
+    expected = arrays(moved["trained"])
+    assert expected["1.num_batches_tracked"] == 3
+    assert differing(arrays(moved[name]), expected) == []
+
+
+def test_so_it_does_under_the_names_of_mindspore_nn(moved: dict[str, Any]) -> None:
+    expected = arrays(moved["trained"])
+    found = arrays(moved["classic"])
+    there = {
+        "0.weight": "0.weight",
+        "1.gamma": "1.weight",
+        "1.beta": "1.bias",
+        "1.moving_mean": "1.running_mean",
+        "1.moving_variance": "1.running_var",
+    }
+    assert differing(found, {new: expected[old] for new, old in there.items()}) == []
+
+
+@pytest.mark.parametrize("name", ["plain", "moved", "back", "classic", "again"])
+def test_it_gives_the_same_output(moved: dict[str, Any], name: str) -> None:
+    expected = output(moved["trained"])
+    allowed = ALLOWED_EPSILONS * np.finfo(np.float32).eps * np.abs(expected).max()
+    assert np.abs(output(moved[name]) - expected).max() <= allowed
+
+
+@pytest.mark.parametrize(("name", "origin"), [("back", "trained"), ("again", "moved")])
+def test_there_and_back_again_the_output_is_equal(
+    moved: dict[str, Any], name: str, origin: str
+) -> None:
+    assert np.array_equal(output(moved[name]), output(moved[origin]))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(moved: dict[str, Any]) -> None:
+    parameters = moved["to_mindspore"](moved["trained"].state_dict())
+    with pytest.raises(ValueError, match=r"not in the checkpoint: \[.*'1\.gamma'"):
+        moved["load"](moved["classic"], parameters)
