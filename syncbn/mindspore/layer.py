@@ -36,8 +36,8 @@ class SyncBatchNorm(nn.Cell):
     names of the parameters. As every nn.Cell, a new one is in eval mode: call `set_train()`.
     Without mindspore.communication, or in a group of one rank, it is a BatchNorm.
 
-    With mixed precision (`to_float`, amp levels O2, O3 and auto) it takes what input it is given and
-    keeps its own precision; amp level O1 rewrites the source of a network and cannot rewrite this.
+    With mixed precision (`to_float`, amp levels O2, O3 and auto) it takes what input it is given
+    and keeps its own precision; amp level O1 rewrites sources and cannot rewrite this one.
 
     It runs in PyNative mode, and under ms.jit or in graph mode for shapes that the compiler knows.
     In a graph, as on Ascend, an error is raised on all ranks only with SYNCBN_DEBUG=1; the rank at
