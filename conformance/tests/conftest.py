@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,10 @@ from conformance import targets
 from conformance.pool import RankPool
 
 RANKS = 2
+
+# For tests that import MindSpore: errors only, and nothing written to where pytest was started.
+os.environ.setdefault("GLOG_v", "3")
+os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())
 
 
 @pytest.fixture(scope="session")

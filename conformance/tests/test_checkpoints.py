@@ -45,13 +45,13 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return names
 
 
-def arrays(net: Any) -> Mapping[str, np.ndarray]:
+def arrays(net: Any) -> Mapping[str, np.ndarray[Any, Any]]:
     if isinstance(net, torch.nn.Module):
         return {key: value.numpy() for key, value in net.state_dict().items()}
     return {key: value.asnumpy() for key, value in net.parameters_dict().items()}
 
 
-def output(net: Any) -> np.ndarray:
+def output(net: Any) -> np.ndarray[Any, Any]:
     if isinstance(net, torch.nn.Module):
         return net(torch.from_numpy(IMAGES)).detach().numpy()
     import mindspore
@@ -59,7 +59,9 @@ def output(net: Any) -> np.ndarray:
     return net(mindspore.Tensor(IMAGES)).asnumpy()
 
 
-def differing(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> list[str]:
+def differing(
+    actual: Mapping[str, np.ndarray[Any, Any]], expected: Mapping[str, np.ndarray[Any, Any]]
+) -> list[str]:
     """Keys of which only one side has an array, or another one, bit for bit."""
     return sorted(
         key

@@ -21,7 +21,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.graph.api import _pynative_executor
 
 from syncbn.contract import PeerError, check_shape
-from syncbn.mindspore.backends import Backend, wide
+from syncbn.mindspore.backends import Backend, number, wide
 from syncbn.mindspore.graph import compiling, host_may_look
 from syncbn.mindspore.groups import ALONE, Communicator, Group
 
@@ -47,7 +47,7 @@ class BatchStatistics(nn.Cell):
     def __init__(self, num_features: int, eps: float, group: Group, backend: Backend) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = eps
+        self.eps = number(eps)
         self.stats, self.combine = backend.stats, backend.combine
         self.ranks = Communicator(group)
         self.rank_ids = list(group.ranks)

@@ -99,6 +99,8 @@ class SyncBatchNorm(nn.Cell):
         self.num_features = num_features
         self.eps = eps
         self.momentum = None if momentum is None else float(momentum)
+        self._eps = number(eps)
+        self._momentum = None if momentum is None else number(float(momentum))
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.process_group = process_group
@@ -156,7 +158,7 @@ class SyncBatchNorm(nn.Cell):
         # A copy, for a training step may move the parameter before the backward of this one.
         mean = self.running_mean.astype(wide()).copy()
         var = self.running_var.astype(wide())
-        invstd = inverse_std(var, self.eps)
+        invstd = inverse_std(var, self._eps)
         return self._normalize[self._RUNNING](x, self.weight, self.bias, mean, invstd, mean)
 
     def _update_running(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
@@ -166,7 +168,7 @@ class SyncBatchNorm(nn.Cell):
         if self.momentum is None:
             factor = 1 / ops.maximum(count, 1).astype(wide())
         else:
-            factor = number(self.momentum)
+            factor = self._momentum
         unbiased = var * (n / ops.maximum(n - 1, 1.0))
         self._move(self.running_mean, mean, factor, n)
         self._move(self.running_var, unbiased, factor, n)

@@ -28,12 +28,12 @@ class Backend(Protocol):
         """Mean and biased variance of each channel of this rank."""
 
     def combine(
-        self, means: Tensor, variances: Tensor, counts: Tensor, eps: float
+        self, means: Tensor, variances: Tensor, counts: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Merge the statistics of P parts into mean, var, invstd (C,) and n, a scalar.
 
-        means and variances are (P, C), counts (P,); a count of 0 is ignored. Chan, Golub and
-        LeVeque, The American Statistician 37 (1983), for P parts: mean = sum w m and
+        means and variances are (P, C), counts (P,), eps a scalar; a count of 0 is ignored. Chan,
+        Golub and LeVeque, The American Statistician 37 (1983), for P parts: mean = sum w m and
         var = sum w (v + (m - mean)^2), with w = count / n; invstd = 1 / sqrt(var + eps).
         """
 
@@ -69,13 +69,13 @@ def wide() -> Any:
 
 
 def number(value: float) -> Tensor:
-    """A number of the dtype `wide()`: as it is, MindSpore would round it to float32."""
+    """A number of the dtype `wide()`, not to be made in a graph: MindSpore's own are float32."""
     return Tensor(value, wide())
 
 
-def inverse_std(var: Tensor, eps: float) -> Tensor:
+def inverse_std(var: Tensor, eps: Tensor) -> Tensor:
     """1 / sqrt(var + eps)."""
-    return 1 / ops.sqrt(var + number(eps))
+    return 1 / ops.sqrt(var + eps)
 
 
 def load(name: str) -> Backend:

@@ -14,7 +14,7 @@ def stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combine(
-    means: Tensor, variances: Tensor, counts: Tensor, eps: float
+    means: Tensor, variances: Tensor, counts: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n = counts.sum()
     weights = (counts / ops.maximum(n, 1.0)).reshape(-1, 1)
