@@ -35,6 +35,7 @@ def run_example(folder: Path) -> subprocess.CompletedProcess[str]:
 def run_changed(folder: Path, replacement: str) -> subprocess.CompletedProcess[str]:
     """The same, where the ranks have something else than their network of SyncBatchNorm."""
     (folder / "examples").mkdir()
+    (folder / "examples" / "__init__.py").touch()
     for name in ("digits.py", NAME):
         text = (ROOT / "examples" / name).read_text()
         if name == NAME:
