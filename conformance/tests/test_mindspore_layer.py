@@ -536,7 +536,7 @@ class TestBackend:
         assert_within("var", var, exact.var)
         count = Tensor([float(rows * spatial)], ms.float64)
         mean, _, invstd, n = composed.combine(
-            mean.reshape(1, -1), var.reshape(1, -1), count, oracle.eps
+            mean.reshape(1, -1), var.reshape(1, -1), count, backends.number(oracle.eps)
         )
         y = composed.normalize(x, mean, invstd, weight, bias)
         assert_within("y", y, exact_y)
@@ -559,7 +559,7 @@ class TestBackend:
         moments.insert(1, (np.full(3, 7.0), np.full(3, 9.0)))  # an empty part may say what it likes
         means, variances = (Tensor(np.stack(m)) for m in zip(*moments, strict=True))
         counts = Tensor([1.0, 0.0, 40.0, 300.0], ms.float64)
-        mean, var, invstd, n = composed.combine(means, variances, counts, 0.25)
+        mean, var, invstd, n = composed.combine(means, variances, counts, backends.number(0.25))
         assert_within("mean", mean, expected.mean)
         assert_within("var", var, expected.var)
         assert np.array_equal(invstd.asnumpy(), 1 / np.sqrt(var.asnumpy() + 0.25))

@@ -168,8 +168,7 @@ def _split(values: Tensor) -> Tensor:
     """float64 (M,) as float32 (3 M,), each word what the words before it leave."""
     words = []
     for _ in range(_WORDS):
-        # The maximum changes nothing, but a graph takes a cast to float32 and back for no cast.
-        word = ops.maximum(values.astype(ms.float32), float("-inf"))
+        word = values.astype(ms.float32)
         words.append(word)
         # Nothing is left of an infinity, or it would become NaN.
         values = ops.where(ops.isfinite(word), values - word.astype(wide()), 0.0)
