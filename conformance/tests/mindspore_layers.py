@@ -19,6 +19,8 @@ from syncbn.mindspore import SyncBatchNorm
 
 MODES = ("pynative", "jit", "graph")
 
+ms.set_device("CPU")  # here, before any test: a runtime that has started keeps its device
+
 
 class Step(NamedTuple):
     y: Tensor
@@ -73,9 +75,12 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def make_layer(num_features: int = 3, **arguments: Any) -> SyncBatchNorm:
-    """A layer in training whose parameters and running statistics tell channels apart."""
+    """A layer in training whose parameters and running statistics tell channels apart.
+
+    In float64 they are no numbers of float32, so that one that is rounded shows.
+    """
     layer = SyncBatchNorm(num_features, **arguments)
-    ramp = np.linspace(0.5, 1.5, num_features)
+    ramp = np.linspace(0.4, 1.6, num_features)
     for name, parameter in layer.parameters_dict().items():
         if name != "num_batches_tracked":
             values = ramp if name in ("weight", "running_var") else ramp - 0.75

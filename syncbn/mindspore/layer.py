@@ -44,7 +44,8 @@ class SyncBatchNorm(nn.Cell):
     fault raises always. In the backward of parallel branches a graph keeps the collectives of all
     ranks in step only if all have the same graph (they do not if one of them has no data, or
     freezes its input, or with SYNCBN_DEBUG=1): on CPU the gradients are then NaN, not wrong.
-    A compiled gradient in float64 has float32's accuracy.
+    On CPU, a graph that runs one float64 layer twice, or updates its parameters, too, may round
+    them to float32: MindSpore copies them by an operator that has no float64 there (TensorMove).
 
     Args:
         num_features: C of the input (N, C, +).
@@ -144,7 +145,11 @@ class SyncBatchNorm(nn.Cell):
                 "process_group must contain the rank that trains, got a group without it"
             )
         problem = problem_of(x, self.num_features, self.weight)
-        mean, var, invstd, n = self._statistics[self._GROUP](x, self.weight, self.bias, problem)
+        # Read once, before a parameter is written: a graph would read again for the backward, and
+        # copy what it reads around the write; on CPU a copy of float64 is rounded to float32.
+        weight = None if self.weight is None else self.weight.value()
+        bias = None if self.bias is None else self.bias.value()
+        mean, var, invstd, n = self._statistics[self._GROUP](x, weight, bias, problem)
         if problem is not None:
             return ops.depend(x, mean)  # never: it was raised. But a graph is compiled to its end.
         if host_may_look():  # noqa: SIM102  # one of them is for the compiler
@@ -152,7 +157,7 @@ class SyncBatchNorm(nn.Cell):
                 raise ValueError(SINGLE_VALUE)
         if self.track_running_stats:
             self._update_running(mean, var, n)
-        return self._normalize[self._GROUP](x, self.weight, self.bias, mean, invstd, n)
+        return self._normalize[self._GROUP](x, weight, bias, mean, invstd, n)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         raise_problem(problem_of(x, self.num_features, self.weight))
