@@ -87,7 +87,7 @@ def train(
 def run_rank(folder: Path) -> None:
     """One rank, a process that msrun has started; rank 0 leaves its checkpoints in the folder."""
     init()
-    # For more ranks than cores: without it, 4 ranks on 2 cores took 5 times as long for a step.
+    # For more ranks than cores, where ranks that run ahead take the time of those they wait for.
     ms.runtime.launch_blocking()
     rank, ranks = get_rank(), get_group_size()
     plan = digits.Plan(**torch.load(folder / "plan"))

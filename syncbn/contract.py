@@ -121,6 +121,16 @@ def check_count(count: int) -> None:
         raise ValueError(SINGLE_VALUE)
 
 
+def nothing_to_differentiate(ranks: Sequence[int]) -> str:
+    """What a group is told in which only some ranks will run a backward (GRAD-4)."""
+    names = ", ".join(f"rank {rank}" for rank in ranks)
+    return (
+        f"{names} {'has' if len(ranks) == 1 else 'have'} nothing to differentiate (no gradient is "
+        "wanted of input, weight or bias, or gradients are off), but other ranks of the group "
+        "have: their backward would wait for ever"
+    )
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 

@@ -20,7 +20,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.graph.api import _pynative_executor
 
-from syncbn.contract import PeerError, check_shape
+from syncbn.contract import PeerError, check_shape, nothing_to_differentiate
 from syncbn.mindspore.backends import Backend, number, wide
 from syncbn.mindspore.graph import compiling, host_may_look
 from syncbn.mindspore.groups import ALONE, Communicator, Group
@@ -135,11 +135,7 @@ class BatchStatistics(nn.Cell):
                 "; ".join(f"rank {self.rank_ids[at]} failed: {errors[at]}" for at in failed)
             )
         if idle and len(idle) < len(marks):
-            raise RuntimeError(
-                f"{_name(idle)} nothing to differentiate (no gradient is wanted of input, weight "
-                "or bias, or gradients are off), but other ranks of the group have: their "
-                "backward would wait for ever"
-            )
+            raise RuntimeError(nothing_to_differentiate(idle))
 
     def _exchange_errors(self, failure: Exception | None) -> list[str]:
         """Every rank's error text, by a second all_gather that only failing steps pay."""
@@ -279,9 +275,3 @@ def _differentiates(*tensors: Tensor | None) -> bool:
     """Whether this rank's backward will reach the layer."""
     wanted = any(t is not None and t._requires_grad for t in tensors)
     return wanted and _pynative_executor.requires_grad()
-
-
-def _name(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} has"
-    return f"rank {', rank '.join(map(str, ranks))} have"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from syncbn.contract import PeerError, check_shape
+from syncbn.contract import PeerError, check_shape, nothing_to_differentiate
 from syncbn.torch.backends import Backend, wide
 from syncbn.torch.groups import Communicator
 
@@ -219,11 +219,7 @@ def _check_together(table: Tensor, problem: Exception | None, ranks: Communicato
             "; ".join(f"rank {rank} failed: {errors[ranks.ranks.index(rank)]}" for rank in failed)
         )
     if idle and len(idle) < len(ranks.ranks):
-        raise RuntimeError(
-            f"{_name(idle)} nothing to differentiate (no gradient is wanted of input, weight or "
-            "bias, or gradients are off), but other ranks of the group have: their backward would "
-            "wait for ever"
-        )
+        raise RuntimeError(nothing_to_differentiate(idle))
 
 
 def _exchange_errors(
@@ -235,12 +231,6 @@ def _exchange_errors(
     message = torch.tensor(list(encoded), dtype=torch.uint8, device=device)
     table = ranks.all_gather(message).cpu()
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in table]
-
-
-def _name(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]} has"
-    return f"rank {', rank '.join(map(str, ranks))} have"
 
 
 def _channels_last(x: Tensor) -> bool:
