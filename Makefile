@@ -7,6 +7,7 @@ RUN := $(VENV)/bin/python
 EXTRAS ?= dev,mindspore
 comma := ,
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
+LADDER := $(VENV)/.ready-ladder
 RANKS ?= 4
 PYTEST_ARGS ?=
 
@@ -19,14 +20,25 @@ help: ## show this list
 HAS_MINDSPORE := $(RUN) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("mindspore") is None)'
 LEFT_OUT := left out: MindSpore, which is not installed (EXTRAS=dev,mindspore installs it)
 JUDGE := $(RUN) -m conformance run --ranks $(RANKS)
+TWIN := .toolchain/twin.so
+TWINLESS := left out: the twin of our kernels, which is not compiled (make kernels compiles it)
 
 .PHONY: conformance
 conformance: $(READY) ## judge our layers on RANKS (4) ranks, beside MindSpore's own operator
 	$(JUDGE) --target syncbn.torch
+	$(JUDGE) --target syncbn.torch --backend aten --oracle none --out reports/out/syncbn.torch-aten
+	@test -f $(TWIN) || echo "$(TWINLESS)"
+	! test -f $(TWIN) || $(JUDGE) --target syncbn.torch --backend twin --oracle none \
+	  --out reports/out/syncbn.torch-twin
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
 	! $(HAS_MINDSPORE) || $(JUDGE) --target syncbn.mindspore
 	! $(HAS_MINDSPORE) || $(JUDGE) --target syncbn.mindspore --mode graph --profile smoke \
 	  --oracle none --out reports/out/syncbn.mindspore-graph
+
+.PHONY: kernels
+kernels: $(LADDER) ## prove our Triton kernels without a device (puts 2.3 GB of tools into .toolchain)
+	$(RUN) -m syncbn.kernels install
+	$(RUN) -m syncbn.kernels check
 
 .PHONY: findings
 findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-conformance.md
@@ -38,6 +50,7 @@ findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-co
 .PHONY: test
 test: $(READY) ## the tests of everything (PYTEST_ARGS=... for pytest)
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
+	@test -f $(TWIN) || echo "$(TWINLESS)"
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
 .PHONY: bench
@@ -51,8 +64,8 @@ lint: $(READY) ## ruff and mypy
 	$(RUN) -m mypy
 
 .PHONY: clean
-clean: ## remove .venv, caches, build output and reports
-	rm -rf $(VENV) build dist *.egg-info reports/out benchmarks/out
+clean: ## remove .venv, .toolchain, caches, build output and reports
+	rm -rf $(VENV) .toolchain build dist *.egg-info reports/out benchmarks/out
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -62,3 +75,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
+
+$(LADDER): $(READY)
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[triton]'
+	@touch $(LADDER)

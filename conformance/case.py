@@ -148,6 +148,12 @@ class Case:
     def parameter_dtype(self) -> str:
         return str(self.layer.get("dtype") or "float32")
 
+    @property
+    def dtypes(self) -> set[str]:
+        """Of the parameters and of every rank's input in every step."""
+        inputs = {step.dtype_of(rank) for step in self.steps for rank in range(self.ranks)}
+        return inputs | {self.parameter_dtype}
+
     def group_of(self, rank: int) -> tuple[int, ...] | None:
         """The ranks that `rank` shares its statistics with, or None if it is in no group."""
         if self.groups is None:

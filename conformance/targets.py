@@ -15,8 +15,10 @@ class TargetError(ValueError):
 class Target:
     """A layer's class and what runs it.
 
-    rung says what the results stand for: `device` is the layer itself on the device named,
-    `substituted` has MindSpore's layer with conformance.ranks.substitutes for its kernels.
+    rung says what the results stand for: `device` is the layer itself on the device named. On cpu
+    some stand for Ascend: `substituted`, with stand-ins for kernels that only Ascend has
+    (conformance.ranks.substitutes for MindSpore, .aclnn for PyTorch); `twin`, with our kernels as
+    Ascend's compiler lowered them; `interpreted`, with our kernels in Triton's interpreter.
     mode: how MindSpore runs it, one of MODES; None for a framework that knows but one way.
     rank_ids: whether process_group may be a list of rank ids (the documented ERR-5 needs it).
     """
@@ -100,7 +102,7 @@ def parse(
             "mode must be pynative for target mindspore.mint on cpu, where MindSpore can compile "
             "neither its gradient nor its groups, got 'graph'"
         )
-    return replace(target, rung="substituted") if _needs_substitutes(target) else target
+    return replace(target, rung=_rung(target))
 
 
 def oracle(name: str, target: Target) -> Target | str:
@@ -126,9 +128,9 @@ def oracle(name: str, target: Target) -> Target | str:
     return reason or chosen
 
 
-def _needs_substitutes(target: Target) -> bool:
-    """Whether it calls kernels of MindSpore that only Ascend has."""
-    calls = target.name == "mindspore.mint" or (
-        target.framework == "mindspore" and target.backend == "aclnn"
-    )
-    return calls and target.device == "cpu"
+def _rung(target: Target) -> str:
+    if target.device != "cpu":
+        return "device"
+    if target.name == "mindspore.mint" or target.backend in ("aclnn", "aten"):
+        return "substituted"
+    return {"twin": "twin", "triton": "interpreted"}.get(target.backend or "", "device")

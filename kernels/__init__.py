@@ -1,4 +1,6 @@
 """Triton kernels for the five leaf operations on Ascend and CUDA, installed as `syncbn.kernels`.
 
-No kernel is here yet: `syncbn.torch` runs on its `composed` backend.
+`leaf` has the kernels, `plan` how they cut their work, `operations` puts them behind the interface
+of the layer's backends. `ladder` proves them without a device, in a checkout: `python -m
+syncbn.kernels`.
 """

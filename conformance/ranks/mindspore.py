@@ -26,7 +26,7 @@ from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_hand
 
 from conformance.case import Case, Step
 from conformance.ranks import substitutes
-from conformance.ranks.base import Arrays, FrameworkRank
+from conformance.ranks.base import FrameworkRank
 
 T = TypeVar("T")
 
@@ -120,9 +120,8 @@ class MindSporeRank(FrameworkRank):
         return array
 
     def missing(self, case: Case) -> str | None:
-        named = {step.dtype_of(rank) for step in case.steps for rank in range(case.ranks)}
         for dtype in _FLOATING:
-            if dtype in named | {case.parameter_dtype} and (reason := _lacks(dtype)):
+            if dtype in case.dtypes and (reason := _lacks(dtype)):
                 return f"MindSpore {ms.__version__} has no {dtype} on {self.platform}: {reason}"
         if self.mode == "graph" and any(step.recompute for step in case.steps):
             return "in a graph MindSpore recomputes operations, not the forward of a layer"
@@ -131,12 +130,6 @@ class MindSporeRank(FrameworkRank):
         if self.platform != "CPU" and "collectives" in case.checks:
             return "collectives of MindSpore are counted on CPU only"
         return None
-
-    def run(self, case: Case) -> tuple[dict[str, Any], Arrays]:
-        if self.mode == "graph":
-            # There an error is raised on all ranks only in debug mode, which the others are not.
-            os.environ["SYNCBN_DEBUG"] = str(int(any(step.error for step in case.steps)))
-        return super().run(case)
 
     def describe(self, error: Exception) -> dict[str, Any]:
         # After an error inside of a gradient, later ones would fail without this.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
 from torch.utils.checkpoint import checkpoint
 
-from conformance.case import Step
+from conformance.case import Case, Step
+from conformance.ranks import aclnn
 from conformance.ranks.base import FrameworkRank
 
 T = TypeVar("T")
@@ -27,6 +29,11 @@ class TorchRank(FrameworkRank):
     def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
         torch.set_num_threads(1)
         self.device = _device(target["device"], local_rank)
+        self.for_ascend = self.device.type == "npu" or target["rung"] != "device"
+        if target["rung"] == "interpreted":
+            os.environ["TRITON_INTERPRET"] = "1"
+        if target["rung"] == "substituted":
+            aclnn.install()
         super().__init__(target, rank, ranks, torch)
         if not isinstance(self.cls(1), nn.Module):
             raise TypeError(f"{target['cls']} must be a torch.nn.Module")
@@ -93,6 +100,11 @@ class TorchRank(FrameworkRank):
             collectives += in_backward
         gradients = {f"grad_{name}": p.grad for name, p in layer.named_parameters()}
         return {"y": y, "grad_input": x.grad, **gradients}, collectives
+
+    def missing(self, case: Case) -> str | None:
+        if self.for_ascend and "float64" in case.dtypes:
+            return "Ascend has no float64"
+        return None
 
     def is_channels_last(self, tensor: Tensor) -> bool:
         return tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()

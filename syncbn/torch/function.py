@@ -61,7 +61,7 @@ def batch_statistics(
             message = _message(x, backend, intention)
         except Exception as error:
             problem = error
-            message = _pack(torch.zeros(2, num_features, device=_home(x, weight)), 0, _FAIL)
+            message = _pack(torch.zeros(2, num_features, device=home(x, weight)), 0, _FAIL)
         table = ranks.all_gather(message)
         if host_may_look(table.device):
             _check_together(table, problem, ranks)
@@ -121,6 +121,13 @@ def check_input(x: Any, num_features: int, weight: Tensor | None) -> None:
         raise ValueError(
             f"input must be on the device of the parameters, {weight.device}, got {x.device}"
         )
+
+
+def home(x: Any, weight: Tensor | None) -> torch.device:
+    """The device of the step, also when x is not to be trusted."""
+    if weight is not None:
+        return weight.device
+    return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
 class _Normalize(torch.autograd.Function):
@@ -197,13 +204,6 @@ def _differentiates(x: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether this rank's backward will reach the layer."""
     tensors = (tensor for tensor in (x, weight, bias) if isinstance(tensor, Tensor))
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _home(x: Any, weight: Tensor | None) -> torch.device:
-    """The device to communicate from when x is not to be trusted."""
-    if weight is not None:
-        return weight.device
-    return x.device if isinstance(x, Tensor) else torch.device("cpu")
 
 
 def _check_together(table: Tensor, problem: Exception | None, ranks: Communicator) -> None:

@@ -12,6 +12,7 @@ from syncbn.torch.function import (
     Statistics,
     batch_statistics,
     check_input,
+    home,
     host_may_look,
     normalize,
 )
@@ -65,7 +66,7 @@ def sync_batch_norm(
         RuntimeError: in training, some ranks have nothing to differentiate and others have.
         PeerError: another rank of the group raised one of these.
     """
-    ops = backends.load(backend)
+    ops = backends.load(backend, home(input, weight))
     group = resolve(process_group)
     vectors = {
         "weight": weight,

@@ -9,7 +9,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-_MODULES = {"composed": "syncbn.torch.backends.composed"}
+_NAMES = ("composed", "aten", "triton", "twin")
+_DEFAULTS = {"cuda": "aten", "npu": "aten"}  # of the others it is composed
 
 
 class Backend(Protocol):
@@ -63,17 +64,32 @@ def wide(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
-def load(name: str) -> Backend:
-    """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else composed.
+def load(name: str, device: torch.device | None = None) -> Backend:
+    """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else the device's default.
+
+    - composed: ATen's operations, on any device;
+    - aten: the batch-norm kernels of CUDA and, by torch_npu, of Ascend; the default there;
+    - triton: the kernels of this project, on CUDA and Ascend;
+    - twin: the same as Ascend's compiler lowered them, on CPU, for tests.
 
     Raises:
         ValueError: there is no backend of that name.
+        RuntimeError: it needs what is not installed.
     """
     source = "backend"
     if name == "auto":
         source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
-    if name != "auto" and name not in list(_MODULES):
-        known = ", ".join(["auto", *_MODULES])
-        raise ValueError(f"{source} must be one of {known}, got {name!r}")
-    module = importlib.import_module(_MODULES["composed" if name == "auto" else name])
+    if name == "auto":
+        name = _DEFAULTS.get(device.type, "composed") if device else "composed"
+    if name not in _NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(['auto', *_NAMES])}, got {name!r}")
+    try:
+        module = importlib.import_module(f"syncbn.torch.backends.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            f"backend {name!r} needs Triton, which is not installed: pip install triton-ascend "
+            "pybind11 (Ascend) or triton (CUDA)"
+        ) from error
     return cast(Backend, module)

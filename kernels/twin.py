@@ -1,0 +1,74 @@
+"""The kernels as Ascend's compiler lowered them, compiled for this CPU: `backend="twin"` of the
+layer.
+
+It is no way to train. It lets the whole conformance suite run on what triton-ascend makes of the
+kernels. `python -m syncbn.kernels check` compiles it (`ladder.twin`); to run it takes only the
+library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from syncbn.kernels.operations import Operations
+from syncbn.kernels.variants import Variant
+from torch import Tensor
+
+_HERE = Path(__file__).parent
+LIBRARY = _HERE.parent / ".toolchain" / "twin.so"
+
+# Few, for they take turns on the CPU; more than one, so that kernels share their work.
+_PROGRAMS = 3
+
+
+def sources() -> str:
+    """A hash of what the twin is compiled from."""
+    files = ("leaf.py", "plan.py", "variants.py", "ladder/twin.py", "ladder/lowered.py")
+    return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in files)).hexdigest()
+
+
+def operations(library: Path = LIBRARY) -> Operations:
+    """The five leaf operations on CPU tensors.
+
+    Raises:
+        RuntimeError: the twin was not compiled, or from other kernels than these.
+    """
+    if not library.is_file():
+        raise RuntimeError(f"backend 'twin' needs {library}: make kernels compiles it")
+    loaded = ctypes.CDLL(str(library))
+    made_from = ctypes.c_char_p.in_dll(loaded, "twin_sources").value
+    if made_from != sources().encode():
+        raise RuntimeError(
+            f"{library} was compiled from other kernels: make kernels compiles it anew"
+        )
+
+    def launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
+        kernel = getattr(loaded, variant.symbol)
+        words = [word for argument in (None, None, *arguments) for word in _words(argument)]
+        for program in range(programs):
+            kernel(*words, *map(ctypes.c_int32, (programs, 1, 1, program, 0, 0)))
+
+    return Operations(launch, _machine)
+
+
+def _words(argument: Any) -> list[Any]:
+    """An argument as MLIR passes it; a memref is (allocated, aligned, offset, size, stride).
+
+    None stands for the lock and the workspace that come first, which the kernels do not use.
+    """
+    if argument is None:
+        return [ctypes.c_void_p(0), ctypes.c_void_p(0), *map(ctypes.c_int64, (0, 0, 1))]
+    if isinstance(argument, Tensor):
+        if argument.device.type != "cpu" or not argument.is_contiguous():
+            raise ValueError("the twin takes contiguous CPU tensors")
+        address = ctypes.c_void_p(argument.data_ptr())
+        return [address, address, *map(ctypes.c_int64, (0, argument.numel(), 1))]
+    return [ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int32(argument)]
+
+
+def _machine(device: torch.device) -> tuple[str, int]:
+    return "ascend", _PROGRAMS

@@ -1,0 +1,51 @@
+"""The five leaf operations by this project's Triton kernels, on Ascend and CUDA.
+
+How far they have been shown to work on which device is in docs/ascend.md. With TRITON_INTERPRET=1
+in the environment they run on CPU tensors, slowly, for debugging.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+import triton
+
+from syncbn.kernels import leaf
+from syncbn.kernels.operations import Operations
+from syncbn.kernels.variants import Variant
+
+_PROGRAMS_OF_INTERPRETER = 3  # they take turns, but share the work as on a device
+_PROGRAMS_PER_MULTIPROCESSOR = 8  # CUDA: 32 warps of 4 programs each hide the latency of memory
+
+
+def _launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
+    getattr(leaf, variant.kernel)[(programs,)](*arguments, **variant.constants)
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[str, int]:
+    """The target of the kernels' plan, and how many programs run at a time."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return "cuda", _PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
+    if device.type == "npu":
+        driver = triton.runtime.driver.active
+        return "ascend", driver.utils.get_device_properties(device.index)["num_vectorcore"]
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "ascend", _PROGRAMS_OF_INTERPRETER
+    raise RuntimeError(
+        f"backend 'triton' runs on npu and cuda (on cpu with TRITON_INTERPRET=1), got a tensor on "
+        f"{device.type}: move the layer and its input there, or choose backend='composed'"
+    )
+
+
+_operations = Operations(_launch, _machine)
+
+stats = _operations.stats
+combine = _operations.combine
+normalize = _operations.normalize
+reduce_grad = _operations.reduce_grad
+input_grad = _operations.input_grad
