@@ -28,12 +28,19 @@ conformance: $(READY) ## judge our layers on RANKS (4) ranks, beside MindSpore's
 	$(JUDGE) --target syncbn.torch
 	$(JUDGE) --target syncbn.torch --backend aten --oracle none --out reports/out/syncbn.torch-aten
 	@test -f $(TWIN) || echo "$(TWINLESS)"
-	! test -f $(TWIN) || $(JUDGE) --target syncbn.torch --backend twin --oracle none \
-	  --out reports/out/syncbn.torch-twin
+	@! test -f $(TWIN) || $(MAKE) --no-print-directory conformance-twin
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
-	! $(HAS_MINDSPORE) || $(JUDGE) --target syncbn.mindspore
-	! $(HAS_MINDSPORE) || $(JUDGE) --target syncbn.mindspore --mode graph --profile smoke \
-	  --oracle none --out reports/out/syncbn.mindspore-graph
+	@! $(HAS_MINDSPORE) || $(MAKE) --no-print-directory conformance-mindspore
+
+.PHONY: conformance-twin
+conformance-twin: $(READY)
+	$(JUDGE) --target syncbn.torch --backend twin --oracle none --out reports/out/syncbn.torch-twin
+
+.PHONY: conformance-mindspore
+conformance-mindspore: $(READY)
+	$(JUDGE) --target syncbn.mindspore
+	$(JUDGE) --target syncbn.mindspore --mode graph --profile smoke --oracle none \
+	  --out reports/out/syncbn.mindspore-graph
 
 .PHONY: kernels
 kernels: $(LADDER) ## prove our Triton kernels without a device (puts 2.3 GB of tools into .toolchain)

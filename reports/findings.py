@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,6 +124,9 @@ def _clause(report: Report, clause: Any) -> list[str]:
 def _line(case: Any) -> str:
     """The message of a case, as one line of Markdown."""
     text = " ".join((case["message"] or "").split())
+    # Alike on every machine: no folder of an environment, no address of an object.
+    text = re.sub(r'"[^"]*/site-packages/', '"', text)
+    text = re.sub(r"\b0x[0-9a-f]{8,}", "0x...", text)
     for character in "\\`*_<>|[]":
         text = text.replace(character, f"\\{character}")
     return text

@@ -186,6 +186,8 @@ def replay_command(report: Report, case: Any) -> str:
     for option, default in (("device", "cpu"), ("backend", "auto"), ("mode", "pynative")):
         if target[option] not in (None, default):
             command += [f"--{option}", target[option]]
+    if report["launcher"] != "local":
+        command += ["--launcher", report["launcher"]]
     return shlex.join([*command, "--ranks", str(report["ranks"])])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -40,7 +41,10 @@ class TorchRank(FrameworkRank):
         self.store: TCPStore | None = None
 
     def versions(self) -> dict[str, str]:
-        return {"torch": torch.__version__, "collectives": _COLLECTIVES[self.device.type]}
+        versions = {"torch": torch.__version__, "collectives": _COLLECTIVES[self.device.type]}
+        if self.device.type == "npu":
+            versions["torch_npu"] = sys.modules["torch_npu"].__version__
+        return versions
 
     def host(self) -> int:
         self.store = TCPStore("127.0.0.1", 0, self.ranks, True, wait_for_workers=False)

@@ -118,7 +118,14 @@ def test_no_orphans_when_the_controller_ends(how: signal.Signals, tmp_path: Path
     document.write_text(json.dumps(case(65, deadline=100.0).document))
     command = [sys.executable, "-m", "conformance", "replay", str(document)]
     command += ["--target", f"{PLANTED}:FailsByChannels"]
-    controller = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    controller = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where these tests are started by nohup or with &, Ctrl-C is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     ranks = wait_for_children(controller.pid, 2)
     time.sleep(4.0)  # the case has begun, or is about to: either way nobody may stay
     controller.send_signal(how)

@@ -408,14 +408,15 @@ class TestSummarize:
         ]
         assert lines.count("  and 2 more") == 1
 
-    def test_shows_the_mode_and_how_to_replay_in_it(self) -> None:
+    def test_shows_mode_and_launcher_and_how_to_replay_with_them(self) -> None:
         report = failing()
         report["target"].update(name="syncbn.mindspore", backend="auto", mode="graph")
-        lines = table(report, 100)
+        report["launcher"] = "msrun"
+        lines = table(report, 130)
         assert "device   cpu, rung twin, mode graph" in lines
         assert lines.count(
             "    python -m conformance replay 000000000002 --target syncbn.mindspore --mode graph "
-            "--ranks 4"
+            "--launcher msrun --ranks 4"
         )
 
     def test_shows_why_a_case_failed(self) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from syncbn.kernels.ladder import toolchain
 
+# One thread, for several kernels are compiled at a time.
+_OPTIONS = ("-allow-unregistered-dialect", "--mlir-disable-threading")
 _PASSES = (
     "--convert-elementwise-to-linalg",
     "--one-shot-bufferize=allow-return-allocs-from-loops=true",
@@ -108,7 +110,7 @@ def _object(symbol: str, linalg: str, work: Path) -> Path:
     source.write_text(linalg.replace(" {hivm.unlikely_condition}", ""))
     tools = (toolchain.llvm(tool) for tool in ("mlir-opt", "mlir-translate", "llc"))
     mlir_opt, mlir_translate, llc = tools
-    _run(mlir_opt, str(source), "-allow-unregistered-dialect", *_PASSES, "-o", str(dialect))
+    _run(mlir_opt, str(source), *_OPTIONS, *_PASSES, "-o", str(dialect))
     _run(mlir_translate, "--mlir-to-llvmir", str(dialect), "-o", str(ir))
     _run(llc, "-O2", "-filetype=obj", "-relocation-model=pic", str(ir), "-o", str(made))
     return made

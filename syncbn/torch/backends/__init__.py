@@ -61,7 +61,7 @@ class Backend(Protocol):
 
 def wide(device: torch.device) -> torch.dtype:
     """The dtype in which statistics are merged and sent: float64 where every such device has it."""
-    return torch.float64 if device.type == "cpu" else torch.float32
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def load(name: str, device: torch.device | None = None) -> Backend:
