@@ -7,7 +7,6 @@ RUN := $(VENV)/bin/python
 EXTRAS ?= dev,mindspore
 comma := ,
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
-LADDER := $(VENV)/.ready-ladder
 RANKS ?= 4
 PYTEST_ARGS ?=
 
@@ -43,7 +42,7 @@ conformance-mindspore: $(READY)
 	  --out reports/out/syncbn.mindspore-graph
 
 .PHONY: kernels
-kernels: $(LADDER) ## prove our Triton kernels without a device (puts 2.3 GB of tools into .toolchain)
+kernels: $(READY) ## prove our Triton kernels without a device (puts 2.5 GB of tools into .toolchain)
 	$(RUN) -m syncbn.kernels install
 	$(RUN) -m syncbn.kernels check
 
@@ -82,7 +81,3 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
-
-$(LADDER): $(READY)
-	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[triton]'
-	@touch $(LADDER)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
-
-from rich.console import Console
 
 try:
     from syncbn.kernels.ladder import toolchain
@@ -30,14 +29,23 @@ def main() -> int:
             toolchain.install()
             return 0
         return 0 if _check(options.rungs) else 1
-    except (toolchain.MissingTool, ModuleNotFoundError) as error:
-        print(error, file=sys.stderr)
+    except (toolchain.MissingTool, FileNotFoundError) as error:
+        print(f"python -m syncbn.kernels: {error}", file=sys.stderr)
         return 2
 
 
 def _check(rungs: list[str]) -> bool:
+    if missing := toolchain.missing():
+        raise toolchain.MissingTool(
+            f"{missing} is not in {toolchain.FOLDER} as it should be: make kernels, or python -m "
+            "syncbn.kernels install"
+        )
+    toolchain.c_compiler()
+    toolchain.use("triton-ascend")
+    os.environ.pop("TRITON_INTERPRET", None)  # a rung of its own sets it
     warnings.filterwarnings("ignore", module="triton")  # that there is no compiler of CANN
-    from syncbn.kernels.ladder.check import check  # needs Triton, which `install` does not
+    from rich.console import Console
+    from syncbn.kernels.ladder.check import check
 
     return check(rungs, Console())
 

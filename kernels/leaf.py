@@ -1,4 +1,4 @@
-"""Four of the five leaf operations over the data, and the merge of statistics, in Triton.
+"""The five leaf operations in Triton: four that go over the data, and the merge of statistics.
 
 One source for Ascend (triton-ascend), CUDA (triton) and Triton's interpreter. Every kernel reads x
 as a contiguous (R, C, S) tensor in tiles of BLOCK_R rows and BLOCK values side by side, and has two
@@ -9,13 +9,12 @@ ways to lay them:
 
 The work is cut into items: `parts` runs of `per_part` tiles, of each channel or block of channels.
 A program takes every `num_programs`-th item, so the grid has the size of the machine, whatever the
-input. Per channel there is one number of each item, merged outside in a fixed order: no atomics,
-and so the same result every time.
+input. Per channel there is one number of each part, merged afterwards: no atomics.
 
-A sum adds up _RUN tiles place by place, then the tile as a tree, then those totals: no value passes
-through more than a few dozen additions in a row, as reference/bounds.py asks. Everything is added
-up in float32. What lies beyond the data is never counted: it is loaded as the neutral value
-(`other=`).
+A sum adds up _RUN tiles place by place, then the tile in steps of _RUN, then those totals, so that
+few additions are in a row, as reference/bounds.py asks, also where a compiler adds one by one.
+Everything is added up in float32. What lies beyond the data is never counted: it is loaded as the
+neutral value (`other=`).
 
 How Ascend wants it: tiles are 2-D strided, for an index taken apart by // and % on a tensor becomes
 scalar loads; on scalars they are free. Addresses are int64, masks are compared in int32.
@@ -27,6 +26,10 @@ import triton
 import triton.language as tl
 
 _RUN = tl.constexpr(16)
+
+# A new number of rows, as of the last batch of an epoch, shall not compile anew. C and S shall:
+# what they are multiples of is how wide a GPU loads.
+_SIZES = ["R", "per_part", "parts"]
 
 
 @triton.jit
@@ -80,13 +83,13 @@ def _values_before(t, R, S, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK:
 
 @triton.jit
 def _channels(block, C, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Index and mask of the channels of a block: a number, or a row of numbers."""
+    """Index and mask of the channels of a block: a row of numbers, or a number."""
     if COLUMNS:
         index = block * BLOCK + tl.arange(0, BLOCK)
         mask = index < C
     else:
         index = block
-        mask = block < C
+        mask = True
     return index, mask
 
 
@@ -148,11 +151,11 @@ def _masked_deviations(x_ptr, offsets, mask, mean):
 
 @triton.jit
 def _corrected(mean, shift):
-    """mean + shift, the mean of what is left of it; an infinite mean leaves no number."""
+    """mean + shift, the mean of x - mean, which is no number for an infinite mean, which stays."""
     return tl.where(tl.abs(shift) < float("inf"), mean + shift, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def stats(
     x_ptr, mean_ptr, var_ptr, count_ptr, R, C, S, per_part, parts,
     COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
@@ -201,7 +204,7 @@ def stats(
         tl.store(count_ptr + part, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def combine(
     means_ptr, vars_ptr, counts_ptr, mean_ptr, var_ptr, invstd_ptr, n_ptr, P, C, eps,
     BLOCK: tl.constexpr,
@@ -209,39 +212,57 @@ def combine(
     """Merge the statistics (P, C) of P parts of counts (P,); a count of 0 is ignored.
 
     Chan, Golub and LeVeque, The American Statistician 37 (1983), for P parts. The mean is corrected
-    by what is left of it, so that parts which agree have exactly their mean.
+    by what is left of it, so that parts which agree have exactly their mean. _RUN parts are taken
+    at a time, beside each other.
     """
-    n = 0.0
-    for p in range(0, P):
-        n += tl.load(counts_ptr + p)
+    parts = tl.arange(0, _RUN)
+    counted = tl.zeros((_RUN,), dtype=tl.float32)
+    for p in range(0, P, _RUN):
+        counted += tl.load(counts_ptr + p + parts, mask=p + parts < P, other=0.0)
+    n = tl.sum(counted, axis=0)
     tl.store(n_ptr, n)
     for first in range(tl.program_id(0) * BLOCK, C, tl.num_programs(0) * BLOCK):
         index = first + tl.arange(0, BLOCK)
         mask = index < C
-        mean = tl.zeros((BLOCK,), dtype=tl.float32)
-        for p in range(0, P):
-            count = tl.load(counts_ptr + p)
-            of_part = tl.load(means_ptr + p * C + index, mask=mask, other=0.0)
-            mean += tl.where(count > 0, of_part * (count / tl.maximum(n, 1.0)), 0.0)
-        shift = tl.zeros((BLOCK,), dtype=tl.float32)
-        for p in range(0, P):
-            count = tl.load(counts_ptr + p)
-            away = tl.load(means_ptr + p * C + index, mask=mask, other=0.0) - mean
-            shift += tl.where(count > 0, away * (count / tl.maximum(n, 1.0)), 0.0)
-        mean = _corrected(mean, shift)
-        var = tl.zeros((BLOCK,), dtype=tl.float32)
-        for p in range(0, P):
-            count = tl.load(counts_ptr + p)
-            away = tl.load(means_ptr + p * C + index, mask=mask, other=0.0) - mean
-            of_part = tl.load(vars_ptr + p * C + index, mask=mask, other=0.0)
-            merged = (of_part + away * away) * (count / tl.maximum(n, 1.0))
-            var += tl.where(count > 0, merged, 0.0)
+        means = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        for p in range(0, P, _RUN):
+            weight, full = _weights(counts_ptr, p + parts, P, n)
+            of_part = _of_parts(means_ptr, p + parts, index, P, C)
+            means += tl.where(full, of_part * weight, 0.0)
+        mean = tl.sum(means, axis=0)
+        shifts = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        for p in range(0, P, _RUN):
+            weight, full = _weights(counts_ptr, p + parts, P, n)
+            away = _of_parts(means_ptr, p + parts, index, P, C) - mean[None, :]
+            shifts += tl.where(full, away * weight, 0.0)
+        mean = _corrected(mean, tl.sum(shifts, axis=0))
+        variances = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        for p in range(0, P, _RUN):
+            weight, full = _weights(counts_ptr, p + parts, P, n)
+            away = _of_parts(means_ptr, p + parts, index, P, C) - mean[None, :]
+            of_part = _of_parts(vars_ptr, p + parts, index, P, C)
+            variances += tl.where(full, (of_part + away * away) * weight, 0.0)
+        var = tl.sum(variances, axis=0)
         tl.store(mean_ptr + index, mean, mask=mask)
         tl.store(var_ptr + index, var, mask=mask)
         tl.store(invstd_ptr + index, 1.0 / tl.sqrt(var + eps), mask=mask)
 
 
 @triton.jit
+def _weights(counts_ptr, parts, P, n):
+    """count / n of these parts, as a column, and which of them have values."""
+    counts = tl.load(counts_ptr + parts, mask=parts < P, other=0.0)
+    return (counts / tl.maximum(n, 1.0))[:, None], (counts > 0)[:, None]
+
+
+@triton.jit
+def _of_parts(ptr, parts, index, P, C):
+    """(parts, channels) of a (P, C) tensor."""
+    offsets = tl.cast(parts, tl.int64)[:, None] * C + index[None, :]
+    return tl.load(ptr + offsets, mask=(parts < P)[:, None] & (index < C)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def normalize(
     x_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, y_ptr, R, C, S, per_part, parts,
     COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
@@ -263,7 +284,7 @@ def normalize(
             tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def reduce_grad(
     dy_ptr, x_ptr, mean_ptr, sum_dy_ptr, sum_dy_xmu_ptr, R, C, S, per_part, parts,
     COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
@@ -294,7 +315,7 @@ def reduce_grad(
         _store(sum_dy_xmu_ptr + part * C, index, channel_mask, sum_dy_xmu, COLUMNS, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def input_grad(
     dy_ptr, x_ptr, mean_ptr, invstd_ptr, weight_ptr, sum_dy_ptr, sum_dy_xmu_ptr, n_ptr, dx_ptr,
     R, C, S, per_part, parts,

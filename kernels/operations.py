@@ -35,7 +35,7 @@ class Operations:
         self._machine = machine
 
     def stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        cut = self._plan(x)
+        cut = self._plan(x, reduction=True)
         means, variances = _empty(x, 2, cut.parts, x.shape[1]).unbind(0)
         counts = _empty(x, cut.parts)
         self._over(x, "stats", cut, [x, means, variances, counts])
@@ -53,7 +53,7 @@ class Operations:
         programs = min(-(-channels // CHANNELS), cores)
         outputs = [mean, var, invstd, n]
         combine = Variant("combine", None, "fp32")
-        self._launch(combine, programs, [*inputs, *outputs, parts, channels, eps])
+        self._launch(combine, programs, [*inputs, *outputs, parts, channels, float(eps)])
         return mean, var, invstd, n
 
     def normalize(
@@ -67,7 +67,7 @@ class Operations:
         return y
 
     def reduce_grad(self, dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-        cut = self._plan(x)
+        cut = self._plan(x, reduction=True)
         sums = _empty(x, 2, cut.parts, x.shape[1])
         self._over(x, "reduce_grad", cut, [dy, x, _float32(mean), *sums.unbind(0)])
         sum_dy, sum_dy_xmu = sums.sum(1).unbind(0)
@@ -90,12 +90,12 @@ class Operations:
         self._over(x, "input_grad", self._plan(x), [dy, x, *per_channel, dx])
         return dx
 
-    def _plan(self, x: Tensor) -> Plan:
+    def _plan(self, x: Tensor, reduction: bool = False) -> Plan:
         if x.dtype not in _DTYPES:
             known = ", ".join(map(str, _DTYPES))
             raise TypeError(f"input must have one of the kernels' dtypes, {known}, got {x.dtype}")
         rows, channels, spatial = x.shape
-        return plan((rows, channels, spatial), *self._machine(x.device))
+        return plan((rows, channels, spatial), *self._machine(x.device), reduction)
 
     def _over(self, x: Tensor, name: str, cut: Plan, tensors: list[Tensor]) -> None:
         """Run a kernel over all of x."""

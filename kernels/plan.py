@@ -9,15 +9,17 @@ from typing import NamedTuple
 # `check` of this package measures it. CUDA: what a program of 4 warps holds in registers.
 TILE = {"ascend": 4096, "cuda": 2048}
 
-# Values side by side in a tile. A few sizes are enough, and each costs a compilation; images of
+# Values side by side in a tile. A few sizes are enough, for each costs compilations; images of
 # 7, 14, 28, 56 and 112 pixels square fill at least three quarters of one.
 WIDTHS = (16, 64, 256, 1024)
 _ROWS = 16  # that a tile of channels has at least, to add them up
 
-CHANNELS = 512  # that a program of `combine` takes at a time
+CHANNELS = 128  # that a program of `combine` takes at a time
 
-# Items for each program, so that the last round of a grid costs little.
+# Items for each program, so that the last round of a grid costs little. A reduction has fewer, for
+# its parts are merged afterwards.
 _ROUNDS = 4
+_ROUNDS_OF_REDUCTION = 1
 
 _LARGEST_GRID = 65535  # of Ascend
 
@@ -39,12 +41,13 @@ class Plan(NamedTuple):
     programs: int
 
 
-def plan(shape: tuple[int, int, int], target: str, cores: int) -> Plan:
+def plan(shape: tuple[int, int, int], target: str, cores: int, reduction: bool) -> Plan:
     """How to cut x of shape (R, C, S), with R, C, S >= 1.
 
     Args:
         target: "ascend" or "cuda".
         cores: how many programs the device runs at a time.
+        reduction: whether each part gives numbers that must be merged.
     """
     rows, channels, spatial = shape
     columns = spatial == 1
@@ -54,7 +57,8 @@ def plan(shape: tuple[int, int, int], target: str, cores: int) -> Plan:
         blocks, count = _ceil(channels, width), _ceil(rows, tiles.block_r)
     else:
         blocks, count = channels, _ceil(rows, tiles.block_r) * _ceil(spatial, width)
-    per_part = _ceil(count, min(count, _ceil(_ROUNDS * cores, blocks)))
+    items = cores * (_ROUNDS_OF_REDUCTION if reduction else _ROUNDS)
+    per_part = _ceil(count, min(count, _ceil(items, blocks)))
     parts = _ceil(count, per_part)
     return Plan(tiles, per_part, parts, min(blocks * parts, cores, _LARGEST_GRID))
 

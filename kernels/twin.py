@@ -26,8 +26,9 @@ _PROGRAMS = 3
 
 
 def sources() -> str:
-    """A hash of what the twin is compiled from."""
-    files = ("leaf.py", "plan.py", "variants.py", "ladder/twin.py", "ladder/lowered.py")
+    """A hash of what the twin is compiled from, and by which versions of the tools."""
+    ladder = (f"ladder/{name}.py" for name in ("lowered", "toolchain", "twin"))
+    files = ("leaf.py", "plan.py", "variants.py", *ladder)
     return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in files)).hexdigest()
 
 

@@ -7,11 +7,16 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from syncbn.kernels.ladder import toolchain
 
 from conformance import targets
 from conformance.pool import RankPool
 
 RANKS = 2
+
+# The kernels are tested with the triton-ascend of the tool-chain (make kernels), if it is there.
+if (toolchain.FOLDER / "triton-ascend").is_dir():
+    toolchain.use("triton-ascend")
 
 # For tests that import MindSpore: errors only, and nothing written to where pytest was started.
 os.environ.setdefault("GLOG_v", "3")

@@ -123,7 +123,7 @@ def test_no_orphans_when_the_controller_ends(how: signal.Signals, tmp_path: Path
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        # Where these tests are started by nohup or with &, Ctrl-C is ignored, and that is inherited.
+        # Where tests are started by nohup or with &, Ctrl-C is ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     ranks = wait_for_children(controller.pid, 2)

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from conformance.tests.torch_layers import (
 )
 from reference import Bounded, bounds, formulas
 from syncbn.torch import SyncBatchNorm, function, functional
-from syncbn.torch.backends import composed, load
+from syncbn.torch.backends import aten, composed, load
 from syncbn.torch.groups import Communicator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -590,6 +591,20 @@ class TestBackend:
 
     def test_names(self) -> None:
         assert load("auto") is load("composed") is composed
+        assert load("aten") is aten
+
+    @pytest.mark.parametrize(
+        ("kind", "default"), [("cpu", composed), ("meta", composed), ("cuda", aten), ("npu", aten)]
+    )
+    def test_defaults(self, monkeypatch: pytest.MonkeyPatch, kind: str, default: Any) -> None:
+        device: Any = SimpleNamespace(type=kind)
+        assert load("auto", device) is default
+        assert load("composed", device) is composed
+        monkeypatch.setenv("SYNCBN_BACKEND", "composed")
+        assert load("auto", device) is composed
+        assert load("aten", device) is aten
+        monkeypatch.setenv("SYNCBN_BACKEND", "auto")
+        assert load("auto", device) is default
 
     @pytest.mark.parametrize("name", ["", "cudnn"])
     @pytest.mark.parametrize("training", [True, False])

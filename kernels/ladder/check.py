@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from syncbn.kernels.plan import Tiles
 from syncbn.kernels.variants import DTYPES, LAYOUTS, Variant, variants
 
 from conformance.verdict import THRESHOLD
+
+_FRONT_END = threading.Lock()
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -67,22 +70,36 @@ def check(rungs: Sequence[str], console: Console) -> bool:
     findings: list[torch_npu.Finding] = []
     for rung in rungs:
         started = time.monotonic()
-        found = RUNGS[rung]()
+        found = _climb(rung)
         cells += found.cells
         refusals += found.refusals
         findings += found.findings
         said = "holds" if found.good else "DOES NOT HOLD"
-        console.print(f"{rung} {said}, {time.monotonic() - started:.0f} s", highlight=False)
+        console.print(
+            f"{rung} {said}, {time.monotonic() - started:.0f} s", highlight=False, markup=False
+        )
     _print_cells(cells, console)
     _print_findings(findings, console)
     _print_refusals(refusals, console)
     good = Found(cells, refusals, findings).good
     left_out = [rung for rung in RUNGS if rung not in rungs]
     what = f"{len(cells)} cells, {len(findings)} operators, {len(refusals)} planted faults"
-    console.print(f"{'pass' if good else 'FAIL'}: {what} on {', '.join(rungs)}", highlight=False)
+    console.print(
+        f"{'pass' if good else 'FAIL'}: {what} on {', '.join(rungs)}", highlight=False, markup=False
+    )
     if left_out:
-        console.print(f"not asked for: {', '.join(left_out)}", highlight=False)
+        _say(console, f"not asked for: {', '.join(left_out)}")
     return good
+
+
+def _climb(rung: str) -> Found:
+    """What the rung finds; a tool that fails is a fault of all its kernels."""
+    try:
+        return RUNGS[rung]()
+    except (lowered.Refused, twin_compiler.NotCompiled, RuntimeError) as error:
+        if isinstance(error, toolchain.MissingTool):
+            raise
+        return Found([Cell("all", "", "", rung, str(error))], [])
 
 
 def _interpreted() -> Found:
@@ -100,7 +117,6 @@ def _interpreted() -> Found:
 
 def _lowered() -> Found:
     every = variants("ascend")
-    _map(_linalg, every)
     cells = [
         Cell(v.kernel, v.layout, v.dtype, "lowered", fault, kib)
         for v, (fault, kib) in zip(every, _map(_accepted, every), strict=True)
@@ -128,7 +144,7 @@ def _twin() -> Found:
     for fault in planted.FAULTS:
         with tempfile.TemporaryDirectory() as folder:
             kernels = planted.faulty_leaf(fault, Path(folder))
-            modules = _map(lambda v: lowered.lower(*_arguments(v, kernels)), halves)  # noqa: B023
+            modules = [_lower(variant, kernels) for variant in halves]
             library = Path(folder) / "twin.so"
             _compile(halves, modules, library)
             faulty = twin.operations(library)
@@ -165,7 +181,13 @@ RUNGS: dict[str, Callable[[], Found]] = {
 
 @functools.cache
 def _linalg(variant: Variant) -> str:
-    return lowered.lower(*_arguments(variant, leaf))
+    return _lower(variant, leaf)
+
+
+def _lower(variant: Variant, kernels: ModuleType) -> str:
+    """One at a time: in threads, Triton's front end now and then spoils its own output."""
+    with _FRONT_END:
+        return lowered.lower(*_arguments(variant, kernels))
 
 
 def _accepted(variant: Variant) -> tuple[str, float | None]:
@@ -229,6 +251,11 @@ def _map(function: Callable[[T], U], values: Iterable[T]) -> list[U]:
         return list(threads.map(function, values))
 
 
+def _say(console: Console, line: str) -> None:
+    """Print it as it is."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _print_cells(cells: list[Cell], console: Console) -> None:
     rungs = list(dict.fromkeys(cell.rung for cell in cells))
     units = {"interpreted": "ratio", "lowered": "KiB", "twin": "ratio"}
@@ -244,23 +271,36 @@ def _print_cells(cells: list[Cell], console: Console) -> None:
         table.add_row(*row, *(_text(found.get(rung)) for rung in rungs))
     if cells:
         console.print(table)
+    for cell in cells:
+        if cell.fault:
+            where = " ".join(filter(None, cell[:3]))
+            console.print(
+                f"{cell.rung} of {where}: {cell.fault}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def _text(cell: Cell | None) -> str:
     if cell is None:
         return ""
     if cell.fault:
-        return f"REFUSED: {cell.fault}"
+        return "REFUSED"
     return "code" if cell.measure is None else f"{cell.measure:.3g}"
 
 
 def _print_findings(findings: list[torch_npu.Finding], console: Console) -> None:
     for finding in findings:
         said = f"FAULT: {finding.fault}" if finding.fault else finding.evidence
-        console.print(f"torch_npu {finding.version}: {finding.subject} {said}", highlight=False)
+        console.print(
+            f"torch_npu {finding.version}: {finding.subject} {said}", highlight=False, markup=False
+        )
 
 
 def _print_refusals(refusals: list[Refusal], console: Console) -> None:
     for rung, fault, reason in refusals:
         said = f"refused: {reason}" if reason else "NOT REFUSED"
-        console.print(f"planted on {rung}, {fault}: {said}", highlight=False, soft_wrap=True)
+        console.print(
+            f"planted on {rung}, {fault}: {said}", highlight=False, markup=False, soft_wrap=True
+        )

@@ -13,16 +13,21 @@ import reference
 from conformance.verdict import ratio
 from reference import Bounded, bounds, formulas
 
-# (R, C, S) of two shards each, so that every width of a tile is used, filled and not, and more
-# tiles than are added up in one run.
+# (R, C, S) of two shards each, so that every width of a tile is used, filled and not, and in the
+# last of each layout a program has more tiles than it adds up in one run.
 _SHAPES = {
     "planes": [
         ((5, 3, 13), (2, 3, 9)),
         ((70, 2, 49), (3, 2, 64)),
         ((4, 2, 200), (1, 2, 256)),
         ((2, 1, 20000), (1, 1, 1025)),
+        ((1, 1, 1024 * 52 + 7), (1, 1, 5)),
     ],
-    "columns": [((9000, 5, 1), (1, 5, 1)), ((70, 33, 1), (64, 33, 1)), ((40, 257, 1), (7, 257, 1))],
+    "columns": [
+        ((70, 33, 1), (64, 33, 1)),
+        ((40, 257, 1), (7, 257, 1)),
+        ((256 * 52 + 7, 3, 1), (1, 3, 1)),
+    ],
 }
 _TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _EPS = 1e-5
@@ -63,7 +68,10 @@ def _answers(
         means.append(mean)
         variances.append(var)
 
-    counts = torch.tensor([float(x.numel() // channels) for x in xs])
+    # A rank without data, whose statistics are no numbers.
+    means.append(torch.full_like(means[0], torch.nan))
+    variances.append(torch.full_like(means[0], torch.inf))
+    counts = torch.tensor([*(float(x.numel() // channels) for x in xs), 0.0])
     oracle = reference.SyncBatchNorm(
         channels, _EPS, momentum=1.0, weight=weight.double().numpy(), bias=bias.double().numpy()
     )

@@ -14,13 +14,10 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from syncbn.kernels.ladder import toolchain
-
-T = TypeVar("T")
 
 DEVICE = "Ascend910B3"
 ON_CHIP_BYTES = 192 * 1024
@@ -76,7 +73,7 @@ def lower(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> 
         helpers = backend.get_codegen_implementation()
         module = source.make_ir(options, helpers, backend.get_module_map(), context)
         module = make_ttir(module, metadata, options)
-        linalg: str = _again(lambda: ttir_to_linalg(module, metadata, options, named_ops=True))
+        linalg: str = ttir_to_linalg(module, metadata, options, named_ops=True)
     except subprocess.CalledProcessError as error:
         raise Refused(f"triton-ascend: {_first_error(error.stderr.decode())}") from error
     except Exception as error:
@@ -126,21 +123,6 @@ def accept(linalg: str) -> Accepted:
     if not 0 < used <= ON_CHIP_BYTES:
         raise Refused(f"bishengir-compile: planned {used} of {ON_CHIP_BYTES} bytes on chip")
     return Accepted(used)
-
-
-def _again(run: Callable[[], T]) -> T:
-    """Its result, at the third attempt at the latest, if its process dies of a signal.
-
-    triton-adapter-opt died so once in some two thousand runs here, of an assertion in MLIR's
-    registry of types, and took the same kernel in the next run. What always dies is refused.
-    """
-    for _ in range(2):
-        try:
-            return run()
-        except subprocess.CalledProcessError as error:
-            if error.returncode >= 0:
-                raise
-    return run()
 
 
 def _on_chip_bytes(hivm: str) -> int:

@@ -22,6 +22,10 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
+    "dropped count": Fault(
+        "means += tl.where(full, of_part * weight, 0.0)", "means += of_part * weight"
+    ),
+    "forgotten run": Fault("sum_dy += _sum(of_dy,", "sum_dy = _sum(of_dy,"),
     "flipped sign": Fault("y = (x - mean) * scale + bias", "y = (x + mean) * scale + bias"),
     "dropped mask": Fault("return tl.where(mask, x - mean, 0.0)", "return x - mean"),
 }

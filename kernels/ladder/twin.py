@@ -112,6 +112,12 @@ def _object(symbol: str, linalg: str, work: Path) -> Path:
     mlir_opt, mlir_translate, llc = tools
     _run(mlir_opt, str(source), *_OPTIONS, *_PASSES, "-o", str(dialect))
     _run(mlir_translate, "--mlir-to-llvmir", str(dialect), "-o", str(ir))
+    # A function that MLIR adds to modules, and would be there several times in one library.
+    ir.write_text(
+        ir.read_text().replace(
+            "define void @dealloc_helper", "define internal void @dealloc_helper"
+        )
+    )
     _run(llc, "-O2", "-filetype=obj", "-relocation-model=pic", str(ir), "-o", str(made))
     return made
 

@@ -86,7 +86,7 @@ def load(name: str, device: torch.device | None = None) -> Backend:
     try:
         module = importlib.import_module(f"syncbn.torch.backends.{name}")
     except ModuleNotFoundError as error:
-        if error.name != "triton":
+        if error.name not in ("triton", "pybind11"):
             raise
         raise RuntimeError(
             f"backend {name!r} needs Triton, which is not installed: pip install triton-ascend "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,20 +23,30 @@ _PROGRAMS_PER_MULTIPROCESSOR = 8  # CUDA: 32 warps of 4 programs each hide the l
 
 
 def _launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
-    getattr(leaf, variant.kernel)[(programs,)](*arguments, **variant.constants)
+    # Triton launches on the current device, whichever the tensors are on.
+    device = arguments[0].device
+    there = (
+        nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    )
+    with there:
+        getattr(leaf, variant.kernel)[(programs,)](*arguments, **variant.constants)
+
+
+def _machine(device: torch.device) -> tuple[str, int]:
+    """The target of the kernels' plan, and how many programs run at a time."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return "ascend", _PROGRAMS_OF_INTERPRETER
+    return _accelerator(device)
 
 
 @functools.cache
-def _machine(device: torch.device) -> tuple[str, int]:
-    """The target of the kernels' plan, and how many programs run at a time."""
+def _accelerator(device: torch.device) -> tuple[str, int]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return "cuda", _PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
     if device.type == "npu":
         driver = triton.runtime.driver.active
         return "ascend", driver.utils.get_device_properties(device.index)["num_vectorcore"]
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "ascend", _PROGRAMS_OF_INTERPRETER
     raise RuntimeError(
         f"backend 'triton' runs on npu and cuda (on cpu with TRITON_INTERPRET=1), got a tensor on "
         f"{device.type}: move the layer and its input there, or choose backend='composed'"
