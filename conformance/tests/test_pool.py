@@ -107,7 +107,9 @@ def test_a_backend_for_a_target_that_has_none() -> None:
 
 def test_an_unknown_backend() -> None:
     pool = RankPool(targets.parse("syncbn.torch", backend="tritium"), 1)
-    with pytest.raises(TargetError, match="must be one of auto, composed, got 'tritium'"):
+    with pytest.raises(
+        TargetError, match="must be one of auto, composed, aten, triton, twin, got 'tritium'"
+    ):
         pool.start()
 
 

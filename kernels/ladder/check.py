@@ -75,18 +75,14 @@ def check(rungs: Sequence[str], console: Console) -> bool:
         refusals += found.refusals
         findings += found.findings
         said = "holds" if found.good else "DOES NOT HOLD"
-        console.print(
-            f"{rung} {said}, {time.monotonic() - started:.0f} s", highlight=False, markup=False
-        )
+        _say(console, f"{rung} {said}, {time.monotonic() - started:.0f} s")
     _print_cells(cells, console)
     _print_findings(findings, console)
     _print_refusals(refusals, console)
     good = Found(cells, refusals, findings).good
     left_out = [rung for rung in RUNGS if rung not in rungs]
     what = f"{len(cells)} cells, {len(findings)} operators, {len(refusals)} planted faults"
-    console.print(
-        f"{'pass' if good else 'FAIL'}: {what} on {', '.join(rungs)}", highlight=False, markup=False
-    )
+    _say(console, f"{'pass' if good else 'FAIL'}: {what} on {', '.join(rungs)}")
     if left_out:
         _say(console, f"not asked for: {', '.join(left_out)}")
     return good
@@ -193,7 +189,7 @@ def _lower(variant: Variant, kernels: ModuleType) -> str:
 def _accepted(variant: Variant) -> tuple[str, float | None]:
     """The fault, or empty and how many KiB on chip it takes."""
     try:
-        return "", lowered.accept(_linalg(variant)).on_chip_bytes / 1024
+        return "", lowered.accept(_linalg(variant)) / 1024
     except lowered.Refused as refused:
         return str(refused), None
 
@@ -274,12 +270,7 @@ def _print_cells(cells: list[Cell], console: Console) -> None:
     for cell in cells:
         if cell.fault:
             where = " ".join(filter(None, cell[:3]))
-            console.print(
-                f"{cell.rung} of {where}: {cell.fault}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            _say(console, f"{cell.rung} of {where}: {cell.fault}")
 
 
 def _text(cell: Cell | None) -> str:
@@ -293,14 +284,10 @@ def _text(cell: Cell | None) -> str:
 def _print_findings(findings: list[torch_npu.Finding], console: Console) -> None:
     for finding in findings:
         said = f"FAULT: {finding.fault}" if finding.fault else finding.evidence
-        console.print(
-            f"torch_npu {finding.version}: {finding.subject} {said}", highlight=False, markup=False
-        )
+        _say(console, f"torch_npu {finding.version}: {finding.subject} {said}")
 
 
 def _print_refusals(refusals: list[Refusal], console: Console) -> None:
     for rung, fault, reason in refusals:
         said = f"refused: {reason}" if reason else "NOT REFUSED"
-        console.print(
-            f"planted on {rung}, {fault}: {said}", highlight=False, markup=False, soft_wrap=True
-        )
+        _say(console, f"planted on {rung}, {fault}: {said}")

@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from syncbn.kernels.ladder import toolchain
 
@@ -37,17 +37,14 @@ cp "$in" "$out" && cp "$in" "${out%.o}.o" 2>/dev/null || true
 """
 
 # Bits of the element types in HIVM's memory plan.
-_BITS = {"i1": 1, "i8": 8, "ui8": 8, "i16": 16, "f16": 16, "bf16": 16, "i64": 64, "f64": 64}
+_BITS = {
+    **{"i1": 1, "i8": 8, "ui8": 8, "i16": 16, "f16": 16, "bf16": 16},
+    **{"i32": 32, "ui32": 32, "f32": 32, "i64": 64, "f64": 64},
+}
 
 
 class Refused(Exception):
     """A compiler does not take the kernel, or not as it is wanted."""
-
-
-class Accepted(NamedTuple):
-    """A kernel that came to hivmc, and the high-water mark of its on-chip memory."""
-
-    on_chip_bytes: int
 
 
 def lower(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> str:
@@ -85,13 +82,12 @@ def lower(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> 
     return re.sub(r', mix_mode\s*=\s*"[^"]*"', "", linalg)
 
 
-def accept(linalg: str) -> Accepted:
-    """Take the kernel to hivmc.
+def accept(linalg: str) -> int:
+    """Take the kernel to hivmc; the high-water mark of its on-chip memory, in bytes.
 
     Raises:
-        Refused: by bishengir-compile, or by us where it falls back to what waits for every load,
-        for
-            double buffering does not fit.
+        Refused: by bishengir-compile; or by us, where double buffering does not fit and it falls
+            back to waiting for every load.
     """
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -122,7 +118,7 @@ def accept(linalg: str) -> Accepted:
         used = _on_chip_bytes((work / "module.hivm.opt.mlir").read_text())
     if not 0 < used <= ON_CHIP_BYTES:
         raise Refused(f"bishengir-compile: planned {used} of {ON_CHIP_BYTES} bytes on chip")
-    return Accepted(used)
+    return used
 
 
 def _on_chip_bytes(hivm: str) -> int:
@@ -132,7 +128,7 @@ def _on_chip_bytes(hivm: str) -> int:
     end = 0
     for addresses, shape in re.findall(cast, hivm):
         *sizes, element = shape.split("x")
-        bits = _BITS.get(element, 32)
+        bits = _BITS[element]
         for size in sizes:
             bits *= int(size)
         for address in re.findall(r"%\w+", addresses):
