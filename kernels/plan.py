@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 # Values in a tile. Arithmetic is float32 whatever the dtype of the data, so the size is one for
 # all. Ascend: with more, not every kernel fits twice (double buffering) into 192 KiB on chip;
-# `check` of this package measures it. CUDA: what a program of 4 warps holds in registers.
+# `check` of this package measures it. CUDA: half of it, not tuned on a device.
 TILE = {"ascend": 4096, "cuda": 2048}
 
 # Values side by side in a tile. A few sizes are enough, for each costs compilations; images of

@@ -665,6 +665,31 @@ class TestCheck:
         }
 
 
+class TestLowering:
+    """triton-adapter-opt may die of a signal and take the same kernel when it is run again."""
+
+    @pytest.fixture
+    def lowered(self) -> Any:
+        return importlib.import_module("syncbn.kernels.ladder.lowered")
+
+    @pytest.mark.parametrize(("status", "deaths", "runs"), [(-6, 3, 4), (-6, 9, 4), (1, 1, 1)])
+    def test_again(self, lowered: Any, status: int, deaths: int, runs: int) -> None:
+        taken: list[int] = []
+
+        def run() -> str:
+            taken.append(len(taken))
+            if len(taken) <= deaths:
+                raise subprocess.CalledProcessError(status, "triton-adapter-opt")
+            return "linalg"
+
+        if deaths < runs:
+            assert lowered._again(run) == "linalg"
+        else:
+            with pytest.raises(subprocess.CalledProcessError):
+                lowered._again(run)
+        assert len(taken) == runs
+
+
 class TestToolchain:
     @pytest.fixture(autouse=True)
     def elsewhere(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _linalg(variant: Variant) -> str:
 
 
 def _lower(variant: Variant, kernels: ModuleType) -> str:
-    """One at a time: in threads, Triton's front end now and then spoils its own output."""
+    """One at a time: Triton's front end is not made for threads."""
     with _FRONT_END:
         return lowered.lower(*_arguments(variant, kernels))
 

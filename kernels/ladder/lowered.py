@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def lower(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> 
         helpers = backend.get_codegen_implementation()
         module = source.make_ir(options, helpers, backend.get_module_map(), context)
         module = make_ttir(module, metadata, options)
-        linalg: str = ttir_to_linalg(module, metadata, options, named_ops=True)
+        linalg: str = _again(lambda: ttir_to_linalg(module, metadata, options, named_ops=True))
     except subprocess.CalledProcessError as error:
         raise Refused(f"triton-ascend: {_first_error(error.stderr.decode())}") from error
     except Exception as error:
@@ -119,6 +120,22 @@ def accept(linalg: str) -> int:
     if not 0 < used <= ON_CHIP_BYTES:
         raise Refused(f"bishengir-compile: planned {used} of {ON_CHIP_BYTES} bytes on chip")
     return used
+
+
+def _again(run: Callable[[], str]) -> str:
+    """What it returns, at the fourth attempt at the latest, if its process dies of a signal.
+
+    On a busy machine triton-adapter-opt now and then ends in an assertion about MLIR's types
+    (Malformed type storage object), and takes the same kernel when it is run again. A kernel of
+    which it always dies is refused.
+    """
+    for _ in range(3):
+        try:
+            return run()
+        except subprocess.CalledProcessError as error:
+            if error.returncode >= 0:
+                raise
+    return run()
 
 
 def _on_chip_bytes(hivm: str) -> int:

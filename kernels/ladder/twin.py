@@ -108,17 +108,13 @@ def _object(symbol: str, linalg: str, work: Path) -> Path:
     source, dialect, ir, made = (work / f"{symbol}{end}" for end in (".mlir", ".llvm", ".ll", ".o"))
     linalg = re.sub(r"(func\.func\s+@)\w+", rf"\g<1>{symbol}", linalg)
     source.write_text(linalg.replace(" {hivm.unlikely_condition}", ""))
-    tools = (toolchain.llvm(tool) for tool in ("mlir-opt", "mlir-translate", "llc"))
-    mlir_opt, mlir_translate, llc = tools
-    _run(mlir_opt, str(source), *_OPTIONS, *_PASSES, "-o", str(dialect))
-    _run(mlir_translate, "--mlir-to-llvmir", str(dialect), "-o", str(ir))
+    _run(toolchain.llvm("mlir-opt"), str(source), *_OPTIONS, *_PASSES, "-o", str(dialect))
+    _run(toolchain.llvm("mlir-translate"), "--mlir-to-llvmir", str(dialect), "-o", str(ir))
     # A function that MLIR adds to modules, and would be there several times in one library.
-    ir.write_text(
-        ir.read_text().replace(
-            "define void @dealloc_helper", "define internal void @dealloc_helper"
-        )
-    )
-    _run(llc, "-O2", "-filetype=obj", "-relocation-model=pic", str(ir), "-o", str(made))
+    public = "define void @dealloc_helper"
+    ir.write_text(ir.read_text().replace(public, public.replace("define", "define internal")))
+    options = ("-O2", "-filetype=obj", "-relocation-model=pic")
+    _run(toolchain.llvm("llc"), *options, str(ir), "-o", str(made))
     return made
 
 

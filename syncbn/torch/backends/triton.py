@@ -19,7 +19,7 @@ from syncbn.kernels.operations import Operations
 from syncbn.kernels.variants import Variant
 
 _PROGRAMS_OF_INTERPRETER = 3  # they take turns, but share the work as on a device
-_PROGRAMS_PER_MULTIPROCESSOR = 8  # CUDA: 32 warps of 4 programs each hide the latency of memory
+_PROGRAMS_PER_MULTIPROCESSOR = 8  # CUDA: 32 warps; not tuned on a device
 
 
 def _launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
