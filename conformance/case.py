@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 # What can be checked, beside expected errors; see conformance.verdict.
 CHECKS = (
@@ -26,10 +26,18 @@ CHECKS = (
     "initial_values",
     "state_names",
     "format",
+    "grad_format",
+    "defined",
     "input_unmodified",
     "ranks_agree",
+    "repeatable",
     "collectives",
+    "communicators",
 )
+
+STATES = ("random", "initial", "negative")
+
+Groups: TypeAlias = "tuple[tuple[int, ...], ...]"  # the ranks of each process group
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class Step:
     paired repeats the first half of the batch as the second, with dy of the other sign, so that
     dy is orthogonal to x and whatever is left of sum dy x is rounding. Layouts are contiguous,
     channels_last, permuted, sliced or expanded, one for all ranks or one each; dtype likewise.
+    repeat: how often the same step is taken. reload: before it, the layer's checkpoint goes into a
+    new layer, which takes its place; with other process groups if `groups` names them. beside: a
+    second layer normalizes -x in a parallel branch, and one backward runs through both.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -81,6 +92,10 @@ class Step:
     frozen_parameters: tuple[int, ...] = ()
     present: tuple[int, ...] | None = None
     recompute: bool = False
+    repeat: int = 1
+    reload: bool = False
+    groups: Groups | None = None
+    beside: bool = False
     error: ExpectedError | None = None
 
     def dtype_of(self, rank: int) -> str:
@@ -106,8 +121,11 @@ class Case:
 
     A literal is JSON, or {"float": "nan"}, or {"numpy": "int64", "value": 4}; dtypes are names.
     groups lists the ranks of each process group; None builds the layer without one.
-    state is "random", or "initial" to leave the layer as it was constructed.
+    state is one of STATES: "initial" leaves the layer as it was constructed, "negative" is random,
+    but for a negative running_var in channel 0. ddp: the layer is wrapped in the framework's data
+    parallelism, which averages the gradients of its parameters over all ranks.
     error is the name of the exception type that the constructor must raise.
+    sources name known failures that the case would have caught; see conformance.failures.
     """
 
     clause: str
@@ -116,9 +134,11 @@ class Case:
     layer: dict[str, Any]
     steps: tuple[Step, ...] = ()
     checks: tuple[str, ...] = ()
-    groups: tuple[tuple[int, ...], ...] | None = None
+    groups: Groups | None = None
     state: str = "random"
+    ddp: bool = False
     error: str | None = None
+    sources: tuple[str, ...] = ()
     seed: int = 0
     deadline: float = 20.0
 
@@ -154,15 +174,21 @@ class Case:
         inputs = {step.dtype_of(rank) for step in self.steps for rank in range(self.ranks)}
         return inputs | {self.parameter_dtype}
 
-    def group_of(self, rank: int) -> tuple[int, ...] | None:
+    def groups_at(self, index: int) -> Groups | None:
+        """The process groups that the layer is built with, as of a step."""
+        given = [self.groups, *(step.groups for step in self.steps[: index + 1])]
+        return next((groups for groups in reversed(given) if groups is not None), None)
+
+    def group_of(self, rank: int, index: int = 0) -> tuple[int, ...] | None:
         """The ranks that `rank` shares its statistics with, or None if it is in no group."""
-        if self.groups is None:
+        groups = self.groups_at(index)
+        if groups is None:
             return tuple(range(self.ranks))
-        return next((group for group in self.groups if rank in group), None)
+        return next((group for group in groups if rank in group), None)
 
     def fails(self, index: int, rank: int) -> bool:
         """Whether an error is expected of this rank in this step: its own, or a peer's."""
-        step, group = self.steps[index], self.group_of(rank)
+        step, group = self.steps[index], self.group_of(rank, index)
         if step.error is None or group is None or not step.takes_part(rank):
             return False
         return not set(group).isdisjoint(step.error.ranks)
@@ -215,10 +241,17 @@ def _validate(case: Case) -> None:
         raise CaseError(f"ranks must be a positive int, got {case.ranks!r}")
     if unknown := set(case.checks) - set(CHECKS):
         raise CaseError(f"checks must be among {', '.join(CHECKS)}, got {', '.join(unknown)}")
-    for step in case.steps:
+    if case.state not in STATES:
+        raise CaseError(f"state must be one of {', '.join(STATES)}, got {case.state!r}")
+    grouped = {rank for rank in range(case.ranks) if case.group_of(rank) is not None}
+    for index, step in enumerate(case.steps):
         if len(step.shapes) != case.ranks:
             raise CaseError(
                 f"every step must have one shape per rank ({case.ranks}), got {len(step.shapes)}"
+            )
+        if {r for r in range(case.ranks) if case.group_of(r, index) is not None} != grouped:
+            raise CaseError(
+                f"groups must hold the same ranks in every step, got {step.groups} in step {index}"
             )
 
 

@@ -68,6 +68,8 @@ def initial_state(case: Case) -> dict[str, Array]:
     bias = draw.standard_normal(features)
     mean = draw.standard_normal(features)
     var = draw.uniform(0.5, 2.0, features)
+    if case.state == "negative":
+        var[0] = -var[0]
     state: dict[str, Array] = {}
     if case.affine:
         state |= {"weight": round_to(weight, dtype), "bias": round_to(bias, dtype)}

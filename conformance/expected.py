@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
 from conformance import data
-from conformance.case import Case
-from reference import Bounded, SyncBatchNorm
+from conformance.case import Case, Groups
+from reference import Bounded, SyncBatchNorm, averaged
 
 
 @dataclass(frozen=True)
@@ -30,45 +31,67 @@ Expectations: TypeAlias = "list[list[Expected | None]]"
 
 def expect(case: Case) -> Expectations:
     results: Expectations = [[None] * len(case.steps) for _ in range(case.ranks)]
-    groups = {group for rank in range(case.ranks) if (group := case.group_of(rank))}
+    layers = dict.fromkeys(range(case.ranks), _layer(case))  # ranks with one past share one layer
     with np.errstate(all="ignore"):  # poisoned and overflowing cases are meant to
-        for group in groups:
-            state = data.initial_state(case) if case.state == "random" else {}
-            layer = SyncBatchNorm(
-                case.num_features,
-                case.eps,
-                case.momentum,
-                case.affine,
-                case.track_running_stats,
-                dtype=case.parameter_dtype,
-                weight=state.get("weight"),
-                bias=state.get("bias"),
-                running_mean=state.get("running_mean"),
-                running_var=state.get("running_var"),
-            )
-            for index in range(len(case.steps)):
-                for rank, expected in _step(case, layer, group, index).items():
-                    results[rank][index] = expected
+        for index, step in enumerate(case.steps):
+            groups = case.groups_at(index) or (tuple(range(case.ranks)),)
+            if index == 0 or step.groups:
+                layers = _regrouped(layers, groups)
+            for group in groups:
+                for layer in {id(layers[rank]): layers[rank] for rank in group}.values():
+                    for rank, expected in _step(case, layer, group, index).items():
+                        if layers[rank] is layer:
+                            results[rank][index] = expected
     return results
+
+
+def _layer(case: Case) -> SyncBatchNorm:
+    state = {} if case.state == "initial" else data.initial_state(case)
+    return SyncBatchNorm(
+        case.num_features,
+        case.eps,
+        case.momentum,
+        case.affine,
+        case.track_running_stats,
+        dtype=case.parameter_dtype,
+        weight=state.get("weight"),
+        bias=state.get("bias"),
+        running_mean=state.get("running_mean"),
+        running_var=state.get("running_var"),
+    )
+
+
+def _regrouped(layers: dict[int, SyncBatchNorm], groups: Groups) -> dict[int, SyncBatchNorm]:
+    """For each group a copy of every layer in it: its ranks go different ways from here on."""
+    copies: dict[tuple[int, tuple[int, ...]], SyncBatchNorm] = {}
+    return {
+        rank: copies.setdefault((id(layers[rank]), group), copy.copy(layers[rank]))
+        for group in groups
+        for rank in group
+    }
 
 
 def _step(
     case: Case, layer: SyncBatchNorm, group: tuple[int, ...], index: int
 ) -> dict[int, Expected]:
+    """What the ranks of a group get from a step whose state before it is that of `layer`."""
     step = case.steps[index]
     ranks = [rank for rank in group if step.takes_part(rank)]
     values: dict[int, dict[str, Bounded | None]] = {rank: {} for rank in ranks}
     if ranks and not case.fails(index, ranks[0]):
         shards = [data.shard(case, index, rank) for rank in ranks]
         training = step.mode == "train"
-        passes = 2 if step.recompute else 1  # the backward runs the forward again
+        passes = step.repeat * (2 if step.recompute else 1)  # backward runs the forward again
         for _ in range(passes):
             ys = layer.forward(shards, training, step.dtype_of(ranks[0]))
         for rank, y in zip(ranks, ys, strict=True):
             values[rank]["y"] = y
         if step.backward:
             dys = [data.grad_output(case, index, rank) for rank in ranks]
-            for rank, gradients in zip(ranks, layer.backward(dys), strict=True):
+            found = layer.backward(dys)
+            if case.ddp:
+                found = averaged(found, case.parameter_dtype)
+            for rank, gradients in zip(ranks, found, strict=True):
                 wants_input, wants_parameters = step.wants_grad(rank)
                 wants_parameters &= case.affine
                 values[rank] |= {

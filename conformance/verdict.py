@@ -51,15 +51,23 @@ _NUMERIC = ("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "runn
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of VERDICTS; the largest ratio of a case that compared numbers; why it did not pass."""
+    """One of VERDICTS; the largest ratio of a case that compared numbers; why it did not pass.
+
+    raised: it did not pass because the target raised what it should not.
+    """
 
     verdict: str
     ratio: float | None = None
     message: str | None = None
+    raised: bool = False
 
 
 class _Failure(Exception):
     """The answer departs from what is expected; the text says where."""
+
+
+class _Raised(_Failure):
+    """The target raised an error that was not expected, or another one than was."""
 
 
 def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) -> Verdict:
@@ -76,13 +84,14 @@ def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) ->
         for rank, answer in enumerate(outcome.answers):
             assert answer is not None
             if "failed" in answer.content:
-                raise _Failure(f"rank {rank}: {answer.content['failed']}")
+                raise _Raised(f"rank {rank}: {answer.content['failed']}")
             _check_errors(case, rank, answer)
         if case.error is None:
             _check_facts(case, outcome)
             _check_numbers(case, outcome, expected(), ratios)
     except _Failure as failure:
-        return Verdict("fail", max(ratios, default=None), str(failure))
+        raised = isinstance(failure, _Raised)
+        return Verdict("fail", max(ratios, default=None), str(failure), raised)
     return Verdict("pass", max(ratios, default=None))
 
 
@@ -118,28 +127,28 @@ def _check_errors(case: Case, rank: int, answer: Message) -> None:
         if raised is None:
             raise _Failure(f"rank {rank}: the constructor raised nothing, expected {case.error}")
         if case.error not in raised["types"]:
-            raise _Failure(
+            raise _Raised(
                 f"rank {rank}: the constructor raised {_show(raised)}, expected {case.error}"
             )
         return
     if raised is not None:
-        raise _Failure(f"rank {rank}: the constructor raised {_show(raised)}")
+        raise _Raised(f"rank {rank}: the constructor raised {_show(raised)}")
     for index, facts in enumerate(answer.content["steps"]):
         step, raised = case.steps[index], facts.get("error")
         where = f"rank {rank}, step {index}"
         if step.error is None or not case.fails(index, rank):
             if raised is not None:
-                raise _Failure(f"{where}: raised {_show(raised)}")
+                raise _Raised(f"{where}: raised {_show(raised)}")
             continue
         at_fault = rank in step.error.ranks
         if raised is None:
             what = step.error.type if at_fault else "an error, for a peer failed"
             raise _Failure(f"{where}: raised nothing, expected {what}")
         if at_fault and step.error.type not in raised["types"]:
-            raise _Failure(f"{where}: raised {_show(raised)}, expected {step.error.type}")
+            raise _Raised(f"{where}: raised {_show(raised)}, expected {step.error.type}")
         if not at_fault and not _names(raised["message"], step.error.ranks):
             ranks = ", ".join(map(str, step.error.ranks))
-            raise _Failure(f"{where}: raised {_show(raised)}, which does not name rank {ranks}")
+            raise _Raised(f"{where}: raised {_show(raised)}, which does not name rank {ranks}")
 
 
 def _names(message: str, ranks: tuple[int, ...]) -> bool:
@@ -162,8 +171,15 @@ def _check_facts(case: Case, outcome: Outcome) -> None:
         for index, facts in enumerate(content["steps"]):
             if case.steps[index].takes_part(rank) and not case.fails(index, rank):
                 _check_step_facts(case, case.steps[index], f"rank {rank}, step {index}", facts)
+        if content.get("unlike"):
+            raise _Failure(f"rank {rank}: a second run gives another {content['unlike'][0]}")
+        counts = [facts["communicators"] for facts in content["steps"] if "communicators" in facts]
+        if len(set(counts)) > 1:
+            raise _Failure(f"rank {rank}: communicators after each step are {counts}")
     if "ranks_agree" in case.checks:
         _check_agreement(case, outcome)
+    if "defined" in case.checks:
+        _check_defined(outcome)
 
 
 def _check_signature(signature: dict[str, str]) -> None:
@@ -200,8 +216,8 @@ def _check_initial_values(case: Case, answer: Message) -> None:
 
 
 def _check_step_facts(case: Case, step: Step, where: str, facts: dict[str, Any]) -> None:
-    if "input_unmodified" in case.checks and not facts["input_unmodified"]:
-        raise _Failure(f"{where}: the input was modified")
+    if "input_unmodified" in case.checks and facts["modified"]:
+        raise _Failure(f"{where}: the {facts['modified'][0]} was modified")
     if "format" in case.checks:
         x, y = facts["format"]["x"], facts["format"]["y"]
         for aspect in ("shape", "dtype"):
@@ -209,24 +225,35 @@ def _check_step_facts(case: Case, step: Step, where: str, facts: dict[str, Any])
         for aspect in ("contiguous", "channels_last"):
             if x[aspect] and not y[aspect]:
                 raise _Failure(f"{where}: x is {aspect}, y is not")
+    if "grad_format" in case.checks and facts["format"]["x"]["channels_last"]:
+        _equal(f"{where}: grad_input is channels_last", facts["format"]["grad_input"], True)
     if "collectives" in case.checks:
         each = 1 if step.mode == "train" and case.ranks > 1 else 0
         wanted = [each, each] if step.backward else [each]
         _equal(f"{where}: collectives in forward and backward", facts["collectives"], wanted)
 
 
+def _check_defined(outcome: Outcome) -> None:
+    """No number is NaN, though some may have overflowed."""
+    for rank, answer in enumerate(outcome.answers):
+        for name, values in answer.arrays.items() if answer else ():
+            if np.isnan(values).any():
+                raise _Failure(f"rank {rank}, step {name.replace('/', ': ')} has NaN")
+
+
 def _check_agreement(case: Case, outcome: Outcome) -> None:
     """Buffers are bitwise equal on all ranks of a group after every step that all of it took."""
     for rank, answer in enumerate(outcome.answers):
-        group = case.group_of(rank)
-        if group is None or answer is None:
+        if answer is None or case.group_of(rank) is None:
             continue
-        first = outcome.answers[group[0]]
-        assert first is not None
         for name, values in answer.arrays.items():
             index, _, buffer = name.partition("/")
             if buffer not in _INITIAL or buffer in ("weight", "bias") or index == "initial":
                 continue
+            group = case.group_of(rank, int(index))
+            assert group is not None
+            first = outcome.answers[group[0]]
+            assert first is not None
             if first.arrays[name].tobytes() != values.tobytes():
                 raise _Failure(
                     f"step {index}: {buffer} differs between rank {group[0]} and rank {rank}: "

@@ -52,6 +52,7 @@ a ring that adds up many ranks one after the other: log2 R is the depth of a tre
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,6 +114,14 @@ def rounded(result: Bounded, dtype: str) -> Bounded:
     """The result after rounding to `dtype`."""
     rounding = _UNIT_ROUNDOFF[dtype] * np.abs(result.value) + _SMALLEST_SUBNORMAL[dtype] / 2
     return Bounded(result.value, result.bound + rounding)
+
+
+def of_average(results: Sequence[Bounded], dtype: str) -> Bounded:
+    """The mean of one result per rank, added up over ranks in `dtype`: rule (b), n = 1 per rank."""
+    value = np.mean([result.value for result in results], axis=0)
+    size = np.mean([np.abs(result.value) for result in results], axis=0)
+    bound = np.mean([result.bound for result in results], axis=0)
+    return Bounded(value, bound + _UNIT_ROUNDOFF[dtype] * depth(1, len(results)) * size)
 
 
 def depth(n: int, ranks: int) -> float:

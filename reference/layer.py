@@ -29,6 +29,16 @@ class Gradients:
     bias: Bounded
 
 
+def averaged(gradients: Sequence[Gradients], dtype: str) -> list[Gradients]:
+    """What data parallelism makes of all ranks' gradients: those of the parameters are averaged.
+
+    `dtype` names that of the parameters, in which the ranks add up.
+    """
+    weight = bounds.of_average([one.weight for one in gradients], dtype)
+    bias = bounds.of_average([one.bias for one in gradients], dtype)
+    return [Gradients(one.input, weight, bias) for one in gradients]
+
+
 @dataclass(frozen=True)
 class _Pass:
     """Shards that were normalized with the same statistics, side by side in one matrix."""

@@ -26,6 +26,13 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
 
 _STATE = ("running_mean", "running_var", "num_batches_tracked")
+_RESULTS = ("y", "grad_input", "grad_weight", "grad_bias")
+# What a check needs beside the numbers of its own name.
+_NEEDED = {
+    "ranks_agree": set(_STATE),
+    "repeatable": {*_RESULTS, *_STATE},
+    "defined": {*_RESULTS, *_STATE},
+}
 
 
 class FrameworkRank(ABC):
@@ -78,13 +85,22 @@ class FrameworkRank(ABC):
         """A copy of the values; bfloat16 as float32, for NumPy does not have it."""
 
     @abstractmethod
+    def data_parallel(self, layer: Any) -> Any:
+        """The layer in the framework's data parallelism over all ranks."""
+
+    @abstractmethod
+    def communicators(self) -> int:
+        """How many process groups there are."""
+
+    @abstractmethod
     def take(
-        self, layer: Any, x: Any, dy: Any, step: Step, counting: bool
+        self, layer: Any, beside: Any, x: Any, dy: Any, step: Step, counting: bool
     ) -> tuple[dict[str, Any], list[int]]:
-        """One forward, and one backward unless dy is None.
+        """One forward, and one backward unless dy is None; of `beside` as well if there is one.
 
         Returns the tensors `y`, `grad_input` and `grad_NAME` of each parameter, None where there
-        is none; and if counting, how many collectives the forward and the backward issued.
+        is none, and `grad_input_format`, whether the gradient is channels_last as it leaves the
+        layer; and if counting, how many collectives the forward and the backward issued.
         """
 
     def missing(self, case: Case) -> str | None:
@@ -104,11 +120,19 @@ class FrameworkRank(ABC):
         os.environ["SYNCBN_DEBUG"] = str(int(any(step.error for step in case.steps)))
         if reason := self.missing(case):
             return {"unsupported": reason}, {}
+        answer, arrays = self._run(case)
+        if "repeatable" in case.checks:
+            again = self._run(case)[1]
+            answer["unlike"] = [n for n, a in arrays.items() if a.tobytes() != again[n].tobytes()]
+        return answer, arrays
+
+    def _run(self, case: Case) -> tuple[dict[str, Any], Arrays]:
         answer: dict[str, Any] = {"steps": []}
         arrays: Arrays = {}
         try:
-            for ranks in case.groups or ():
-                self._group(ranks)
+            for index in range(max(1, len(case.steps))):
+                for ranks in case.groups_at(index) or ():
+                    self._group(ranks)
             if case.group_of(self.rank) is None:
                 return answer, arrays
             layer = self._build(case)
@@ -133,6 +157,8 @@ class FrameworkRank(ABC):
             if not step.takes_part(self.rank):
                 answer["steps"].append({})
                 continue
+            if step.reload or step.groups:
+                layer = self._reload(layer, case, index)
             facts = self._step(layer, case, index, arrays)
             answer["steps"].append(facts)
             if "error" in facts and not case.fails(index, self.rank):
@@ -144,10 +170,16 @@ class FrameworkRank(ABC):
             self.groups[ranks] = self.create_group(ranks)
         return self.groups[ranks]
 
-    def _build(self, case: Case) -> Any:
+    def _reload(self, layer: Any, case: Case, index: int) -> Any:
+        """A new layer in the process groups of the step, with the checkpoint of the old one."""
+        fresh = self._build(case, index)
+        self.load_state(fresh, self.state(layer))
+        return fresh
+
+    def _build(self, case: Case, index: int = 0) -> Any:
         arguments = {name: self._literal(name, value) for name, value in case.layer.items()}
-        group = case.group_of(self.rank)
-        if case.groups is not None and group is not None:
+        group = case.group_of(self.rank, index)
+        if case.groups_at(index) is not None and group is not None:
             arguments["process_group"] = self._group(group)
         elif "process_group" in arguments and not self.rank_ids:
             arguments["process_group"] = self._group(tuple(arguments["process_group"]))
@@ -170,23 +202,37 @@ class FrameworkRank(ABC):
         if step.backward:
             values = data.grad_output(case, index, self.rank)
             dy = self._lay_out(values, dtype, step.dy_layout_of(self.rank))
-        untouched, version = self.array(x), x._version
+        given = {"input": x} if dy is None else {"input": x, "grad_output": dy}
+        untouched = {name: (self.array(t).tobytes(), t._version) for name, t in given.items()}
         facts: dict[str, Any] = {}
         results: dict[str, Any] = {}
         try:
             counting = "collectives" in case.checks
-            results, facts["collectives"] = self.take(layer, x, dy, step, counting)
+            beside = self._build(case, index) if step.beside else None
+            module = self.data_parallel(layer) if case.ddp else layer
+            for _ in range(step.repeat):
+                taken = self.take(module, beside, x, dy, step, counting)
+            results, facts["collectives"] = taken
             if not isinstance(results["y"], self.framework.Tensor):
                 kind = type(results.pop("y")).__name__
                 raise TypeError(f"the layer must return a tensor, got {kind}")
         except Exception as error:
             facts["error"] = self.describe(error)
         else:
-            facts["format"] = {"x": self._format(x), "y": self._format(results["y"])}
-        same = self.array(x).tobytes() == untouched.tobytes()
-        facts["input_unmodified"] = same and x._version == version
+            facts["format"] = {
+                "x": self._format(x),
+                "y": self._format(results["y"]),
+                "grad_input": results.pop("grad_input_format", None),
+            }
+        facts["modified"] = [
+            name
+            for name, tensor in given.items()
+            if (self.array(tensor).tobytes(), tensor._version) != untouched[name]
+        ]
+        if "communicators" in case.checks:
+            facts["communicators"] = self.communicators()
         results |= {name: getattr(layer, name, None) for name in _STATE}
-        needed = set(case.checks) | (set(_STATE) if "ranks_agree" in case.checks else set())
+        needed = set(case.checks).union(*(_NEEDED.get(check, set()) for check in case.checks))
         for name, tensor in results.items():
             if tensor is not None and name in needed:
                 arrays[f"{index}/{name}"] = self.array(tensor)

@@ -19,6 +19,7 @@ import mindspore as ms
 import numpy.typing as npt
 from mindspore import Parameter, Tensor, communication, nn, ops
 from mindspore.common.api import _pynative_executor
+from mindspore.communication._comm_helper import _ExistingGroup
 from mindspore.communication.management import _init_with_store
 from mindspore.mint import distributed as dist
 from mindspore.ops.auto_generate import gen_ops_prim
@@ -33,6 +34,7 @@ T = TypeVar("T")
 _DEVICES = {"cpu": ("CPU", "mccl"), "npu": ("Ascend", "hccl")}
 _MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 _FLOATING = ("bfloat16", "float16", "float32", "float64")
+_LEARNED = ("weight", "bias")
 _TIMEOUT = timedelta(seconds=60)
 
 # Kernels that talk to other ranks, as the profiler names them; those that mint.distributed calls
@@ -64,7 +66,6 @@ class MindSporeRank(FrameworkRank):
         if not (isinstance(self.cls, type) and issubclass(self.cls, nn.Cell)):
             raise TypeError(f"{target['cls']} must be a mindspore.nn.Cell")
         self.joined = False
-        self.learned: list[Parameter] = []
         self.loss = _Loss()
 
     def versions(self) -> dict[str, str]:
@@ -89,7 +90,6 @@ class MindSporeRank(FrameworkRank):
 
     def build(self, arguments: dict[str, Any]) -> nn.Cell:
         layer: nn.Cell = self.cls(**arguments)
-        self.learned = layer.trainable_params()
         return layer
 
     def load_state(self, layer: nn.Cell, state: dict[str, Tensor]) -> Sequence[str]:
@@ -123,6 +123,8 @@ class MindSporeRank(FrameworkRank):
         for dtype in _FLOATING:
             if dtype in case.dtypes and (reason := _lacks(dtype)):
                 return f"MindSpore {ms.__version__} has no {dtype} on {self.platform}: {reason}"
+        if case.ddp:
+            return "the suite has no data parallelism of MindSpore, which has none on CPU"
         if self.mode == "graph" and any(step.recompute for step in case.steps):
             return "in a graph MindSpore recomputes operations, not the forward of a layer"
         if self.mode == "graph" and any(_idles(step) for step in case.steps):
@@ -137,14 +139,27 @@ class MindSporeRank(FrameworkRank):
         described = super().describe(error)
         return described | {"message": _FRAMES.sub("", described["message"]).strip()}
 
+    def data_parallel(self, layer: nn.Cell) -> nn.Cell:
+        raise NotImplementedError  # see `missing`
+
+    def communicators(self) -> int:
+        return len(_ExistingGroup.ITEMS)
+
     def take(
-        self, layer: nn.Cell, x: Tensor, dy: Tensor | None, step: Step, counting: bool
+        self,
+        layer: nn.Cell,
+        beside: nn.Cell | None,
+        x: Tensor,
+        dy: Tensor | None,
+        step: Step,
+        counting: bool,
     ) -> tuple[dict[str, Tensor | None], list[int]]:
         wants_input, wants_parameters = step.wants_grad(self.rank)
-        for parameter in self.learned:
+        learned = [p for p in layer.get_parameters() if p.name in _LEARNED]
+        for parameter in learned:
             parameter.requires_grad = wants_parameters
         layer.set_train(step.mode == "train")
-        weights = self.learned if wants_parameters else []
+        weights = learned if wants_parameters else []
         position = 0 if wants_input and x.is_floating_point() else None
         recomputing, loss = step.recompute, self.loss
 
@@ -154,6 +169,8 @@ class MindSporeRank(FrameworkRank):
 
         def with_loss(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
             y = forward(x)
+            if beside is not None:
+                return loss(y, dy) + loss(beside(-ops.stop_gradient(x)), dy), y
             return loss(y, dy), y
 
         in_forward = _count_aside(layer, lambda: forward(x)) if counting else 0

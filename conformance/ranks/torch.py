@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from conformance.case import Case, Step
@@ -86,26 +87,49 @@ class TorchRank(FrameworkRank):
         array: npt.NDArray[Any] = wide.numpy().copy()
         return array
 
+    def data_parallel(self, layer: nn.Module) -> nn.Module:
+        # Its own broadcast of buffers would hide that they differ.
+        ids = None if self.device.type == "cpu" else [self.device]
+        return DistributedDataParallel(layer, device_ids=ids, broadcast_buffers=False)
+
+    def communicators(self) -> int:
+        return len(dist.distributed_c10d._world.pg_map)
+
     def take(
-        self, layer: nn.Module, x: Tensor, dy: Tensor | None, step: Step, counting: bool
-    ) -> tuple[dict[str, Tensor | None], list[int]]:
+        self,
+        layer: nn.Module,
+        beside: nn.Module | None,
+        x: Tensor,
+        dy: Tensor | None,
+        step: Step,
+        counting: bool,
+    ) -> tuple[dict[str, Any], list[int]]:
         wants_input, wants_parameters = step.wants_grad(self.rank)
         x.requires_grad_(wants_input and x.is_floating_point())
+        x.grad = None
         for parameter in layer.parameters():
             parameter.requires_grad_(wants_parameters)
             parameter.grad = None
         layer.train(step.mode == "train")
+        formats: list[bool] = []
+        if x.requires_grad:  # before autograd gives the gradient the format of x
+            x.register_hook(lambda grad: formats.append(self.is_channels_last(grad)))
+        branches = [x.detach().neg().requires_grad_(x.requires_grad)] if beside else []
 
-        def forward() -> Tensor:
+        def forward() -> list[Tensor]:
             y: Tensor = checkpoint(layer, x, use_reentrant=False) if step.recompute else layer(x)
-            return y
+            return [y, *(beside(branch) for branch in branches if beside)]
 
-        y, collectives = _count(forward, counting)
+        ys, collectives = _count(forward, counting)
         if dy is not None:
-            _, in_backward = _count(lambda: y.backward(dy), counting)
+            gradients = [dy] * len(ys)
+            _, in_backward = _count(lambda: torch.autograd.backward(ys, gradients), counting)
             collectives += in_backward
-        gradients = {f"grad_{name}": p.grad for name, p in layer.named_parameters()}
-        return {"y": y, "grad_input": x.grad, **gradients}, collectives
+        found: dict[str, Any] = {
+            f"grad_{name.removeprefix('module.')}": p.grad for name, p in layer.named_parameters()
+        }
+        found["grad_input_format"] = formats[-1] if formats else None
+        return {"y": ys[0], "grad_input": x.grad, **found}, collectives
 
     def missing(self, case: Case) -> str | None:
         if self.no_float64 and "float64" in case.dtypes:

@@ -21,7 +21,8 @@ from reference import Bounded
 CHECKS = (
     *("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "running_var"),
     *("num_batches_tracked", "parameters", "state_names", "initial_values", "signature"),
-    *("format", "input_unmodified", "ranks_agree", "collectives"),
+    *("format", "grad_format", "input_unmodified", "ranks_agree", "repeatable"),
+    *("collectives", "communicators"),
 )
 STEP = Step(((3, 3, 4), (2, 3, 4)))
 CASE = Case("FWD-1", "all checks", 2, {"num_features": 3}, (STEP,), CHECKS)
@@ -47,11 +48,13 @@ def right_answers() -> list[Message]:
             "signature": dict(verdict._DOCUMENTED),
             "parameters": {n: {"shape": [3], "dtype": "float32"} for n in NAMES},
             "state_names": list(NAMES),
+            "unlike": [],
             "steps": [
                 {
-                    "format": {"x": form, "y": dict(form)},
-                    "input_unmodified": True,
+                    "format": {"x": form, "y": dict(form), "grad_input": False},
+                    "modified": [],
                     "collectives": [1, 1],
+                    "communicators": 1,
                 }
             ],
         }
@@ -149,7 +152,9 @@ def wrong_start(answers: list[Message]) -> None:
         (put([2], "parameters", "bias", "shape"), "shape of bias"),
         (put("float64", "parameters", "bias", "dtype"), "dtype of bias"),
         (put(NAMES[1:], "state_names"), "state_dict names"),
-        (put(False, "steps", 0, "input_unmodified"), "input was modified"),
+        (put(["input"], "steps", 0, "modified"), "input was modified"),
+        (put(["grad_output"], "steps", 0, "modified"), "grad_output was modified"),
+        (put(["0/y"], "unlike"), "second run gives another 0/y"),
         (put("float64", "steps", 0, "format", "y", "dtype"), "dtype of y"),
         (put([3, 2, 4], "steps", 0, "format", "y", "shape"), "shape of y"),
         (put(False, "steps", 0, "format", "y", "contiguous"), "x is contiguous, y is not"),
@@ -163,6 +168,39 @@ def test_every_departure_fails(damage: Any, text: str) -> None:
     found = verdict_after(damage)
     assert found.verdict == "fail"
     assert text in str(found.message)
+
+
+def test_a_gradient_in_another_format_fails() -> None:
+    answers = right_answers()
+    for answer in answers:
+        form = answer.content["steps"][0]["format"]
+        form["x"]["channels_last"] = form["y"]["channels_last"] = True
+    found = judged(CASE, Outcome(list(answers)))
+    assert found.message == "rank 0, step 0: grad_input is channels_last is False, expected True"
+
+
+def test_communicators_must_not_become_more() -> None:
+    answers = right_answers()
+    answers[1].content["steps"].append({**answers[1].content["steps"][0], "communicators": 2})
+    case = replace(CASE, steps=(STEP, STEP))
+    found = judge(case, Outcome(list(answers)), lambda: [[], []])
+    assert found.message == "rank 1: communicators after each step are [1, 2]"
+
+
+def test_undefined_numbers_fail_where_no_value_is_expected() -> None:
+    case = replace(CASE, checks=("defined",))
+    answers = right_answers()
+    answers[1].arrays["0/grad_input"][0, 0, 0] = np.inf
+    assert judged(case, Outcome(list(answers))).verdict == "pass"
+    answers[1].arrays["0/grad_input"][0, 0, 0] = np.nan
+    found = judged(case, Outcome(list(answers)))
+    assert found.message == "rank 1, step 0: grad_input has NaN"
+
+
+def test_errors_are_told_from_wrong_answers() -> None:
+    assert verdict_after(lambda answers: answers[0].arrays.pop("0/y")).raised is False
+    error = {"types": ["ValueError"], "message": "planted"}
+    assert verdict_after(lambda answers: answers[0].content.update(error=error)).raised is True
 
 
 def test_a_frozen_gradient_that_is_there_fails() -> None:

@@ -1,0 +1,1 @@
+"""Layers with one fault each, and whether the suite finds it."""
