@@ -1,4 +1,4 @@
-"""The command line of the suite: run, list, show, replay, targets."""
+"""The command line of the suite: run, list, show, replay, targets, freeze."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import reports
-from conformance import runner, targets
+from conformance import must_pass, runner, targets
 from conformance.case import Case, CaseError, load
 from conformance.cases import PROFILES, catalogue
 from conformance.clauses import CLAUSES
@@ -144,6 +144,13 @@ def _replay(options: argparse.Namespace) -> int:
     return 0 if found.verdict == "pass" else 1
 
 
+def _freeze(_: argparse.Namespace) -> int:
+    must_pass.freeze()
+    numbers = ", ".join(map(str, must_pass.RANKS))
+    print(f"wrote the lists of {numbers} ranks to {must_pass.FOLDER}; review what changed")
+    return 0
+
+
 def _targets(_: argparse.Namespace) -> int:
     for name, description in targets.DESCRIPTIONS.items():
         print(f"{name:<22}  {description}")
@@ -231,6 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     add_target(replay)
     add_ranks(replay)
     add("targets", _targets, "What can be given as --target.")
+    add("freeze", _freeze, "Write the must-pass lists of all profiles from the cases there are.")
     return parser
 
 

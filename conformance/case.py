@@ -1,4 +1,4 @@
-"""A case: one question to a layer, as a small JSON document. Its id is the hash of it.
+"""A case: one question to a layer, as a small JSON document. Its id is the hash of the question.
 
 A case names the clause it asks about, how the layer is built, the steps every rank takes and what
 is checked. It holds no arrays: ranks and controller generate them (conformance.data).
@@ -44,13 +44,15 @@ Groups: TypeAlias = "tuple[tuple[int, ...], ...]"  # the ranks of each process g
 class Data:
     """How an input is drawn: (z + ratio) * scale, z normal with a mean and spread per rank.
 
-    constant: z = 0. shared: z is cut from one batch that does not depend on the cut.
+    constant: z = 0. flat: the channels in which z is the mean of the rank, a constant on each.
+    shared: z is cut from one batch that does not depend on the cut.
     poison: pairs of a place [rank, n, c, ...] and "nan" or "inf".
     """
 
     ratio: float = 0.0
     scale: float = 1.0
     constant: bool = False
+    flat: tuple[int, ...] = ()
     shared: bool = False
     poison: tuple[tuple[tuple[int, ...], str], ...] = ()
 
@@ -202,8 +204,9 @@ class Case:
 
     @property
     def id(self) -> str:
-        """12 hexadecimal digits of the SHA-256 of the document."""
-        canonical = json.dumps(self.document, sort_keys=True, separators=(",", ":"))
+        """12 hexadecimal digits of the SHA-256 of the document without its title and sources."""
+        asked = {key: v for key, v in self.document.items() if key not in ("title", "sources")}
+        canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

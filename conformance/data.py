@@ -31,6 +31,8 @@ def shard(case: Case, index: int, rank: int) -> Array:
         values = values * (1 + 0.3 * rank) + 0.7 * rank
     if spec.constant:
         values = np.zeros(shape)
+    for channel in spec.flat:
+        values[:, channel] = 0.7 * rank
     values = (values + spec.ratio) * spec.scale
     if step.paired:
         values = np.concatenate([values[: shape[0] // 2]] * 2)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import syncbn
-from conformance import verdict
+from conformance import must_pass, verdict
 from conformance.case import Case
 from conformance.cases import why_none
 from conformance.clauses import CLAUSES
@@ -122,7 +122,9 @@ def report(
     """The report of a run, as reports/schema/ describes it; oracle may be why there was none."""
     clauses = [_clause(name, results, pool.ranks, level) for name in CLAUSES]
     counting = [clause["verdict"] for clause in clauses if clause["required"]]
-    passed = all(found == "pass" for found in counting)
+    ran = [result.case.id for result in results]
+    missing = must_pass.missing(pool.ranks, profile, ran)
+    passed = all(found == "pass" for found in counting) and not missing
     return {
         "schema": "syncbn-report/1",
         "suite": {"version": syncbn.__version__, **_commit()},
@@ -136,6 +138,7 @@ def report(
         "profile": profile,
         "level": level,
         "seconds": round(seconds, 3),
+        "must_pass": {"listed": len(must_pass.listed(pool.ranks, profile)), "missing": missing},
         "summary": {
             "verdict": "pass" if passed else "fail",
             "required": _counts(counting),

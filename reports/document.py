@@ -122,9 +122,15 @@ def _check_consistency(report: Report) -> None:
                 raise ReportError(
                     f"summary.{name}.{verdict}: must be the count {counted[verdict]}, got {count}"
                 )
-    if summary["verdict"] == "pass" and summary["required"]["pass"] != len(required):
+    ran = {case["id"] for case in cases}
+    for id in report["must_pass"]["missing"]:
+        if id in ran:
+            raise ReportError(f"must_pass.missing: must not name a case that ran, got {id!r}")
+    passes = summary["required"]["pass"] == len(required) and not report["must_pass"]["missing"]
+    if summary["verdict"] == "pass" and not passes:
         raise ReportError(
-            "summary.verdict: must be 'fail' unless every required clause passes, got 'pass'"
+            "summary.verdict: must be 'fail' unless every required clause passes and no case is "
+            "missing, got 'pass'"
         )
 
 

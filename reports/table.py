@@ -51,6 +51,7 @@ def summarize(report: Report, console: Console) -> None:
             console.print()
             _print_failing(report, clause, failing[clause["id"]], console)
     console.print()
+    console.print(_must_pass(report), soft_wrap=True)
     _print_oracle(report, console)
     console.print(_last_line(report), soft_wrap=True)
 
@@ -111,6 +112,20 @@ def _print_failing(report: Report, clause: Any, cases: list[Any], console: Conso
         console.print(Text(f"    {replay_command(report, case)}", "cyan"), soft_wrap=True)
     if len(cases) > _CASES_SHOWN:
         console.print(Text(f"  and {len(cases) - _CASES_SHOWN} more", "dim"))
+
+
+def _must_pass(report: Report) -> Text:
+    """Whether all cases ran that the profile is known to have."""
+    listed, missing = report["must_pass"]["listed"], report["must_pass"]["missing"]
+    if not listed:
+        return Text(f"there is no list of the cases on {report['ranks']} ranks", "dim")
+    if not missing:
+        return Text(f"all {listed} cases on the list of {report['profile']} ran", "dim")
+    some = ", ".join(missing[:_CASES_SHOWN])
+    text = (
+        f"{len(missing)} of {listed} cases on the list of {report['profile']} did not run: {some}"
+    )
+    return Text(text + (" ..." if len(missing) > _CASES_SHOWN else ""), "bold red")
 
 
 def _print_oracle(report: Report, console: Console) -> None:

@@ -6,7 +6,10 @@ clause says and no more, so that a layer with one fault fails the clauses of tha
 
 from __future__ import annotations
 
-from conformance.case import Case
+import json
+from pathlib import Path
+
+from conformance.case import Case, load
 from conformance.cases import (  # noqa: F401  # importing them registers their cases
     construction,
     errors,
@@ -15,22 +18,40 @@ from conformance.cases import (  # noqa: F401  # importing them registers their 
     gradients,
     numerics,
     statistics,
+    sweeps,
 )
-from conformance.cases.build import BUILDERS
+from conformance.cases.build import BUILDERS, SWEEPS
 from conformance.clauses import CLAUSES
 
-PROFILES = ("smoke", "full")
+# Each holds the ones before it.
+PROFILES = ("smoke", "certify", "full")
+
+REGRESSIONS = Path(__file__).resolve().parent.parent / "regressions"
 
 
 def catalogue(ranks: int, profile: str = "full") -> list[Case]:
-    """The cases of a profile: all of them, or (smoke) the first of each clause."""
-    found = []
+    """The cases of a profile, clause by clause.
+
+    smoke: the first case of each clause. certify: all that were thought of one by one, and the
+    regressions. full: sweeps over all combinations of shapes, dtypes, layouts and more as well.
+    """
+    known = regressions(ranks)
+    found: dict[str, Case] = {}  # by id, for on few ranks different cases ask the same
     for clause in CLAUSES:
-        if clause in BUILDERS:
-            drafts = list(BUILDERS[clause](ranks))
-            chosen = drafts if profile == "full" else drafts[:1]
-            found += [Case(clause=clause, ranks=ranks, **draft) for draft in chosen]
-    return found
+        drafts = list(BUILDERS[clause](ranks)) if clause in BUILDERS else []
+        if profile == "full" and clause in SWEEPS:
+            drafts += SWEEPS[clause](ranks)
+        cases = [Case(clause=clause, ranks=ranks, **draft) for draft in drafts]
+        cases += [case for case in known if case.clause == clause]
+        for case in cases[:1] if profile == "smoke" else cases:
+            found.setdefault(case.id, case)
+    return list(found.values())
+
+
+def regressions(ranks: int) -> list[Case]:
+    """The cases on this many ranks that once showed a fault; see conformance.explore."""
+    cases = [load(json.loads(path.read_text())) for path in sorted(REGRESSIONS.glob("*.json"))]
+    return [case for case in cases if case.ranks == ranks]
 
 
 def why_none(clause: str, ranks: int) -> str:

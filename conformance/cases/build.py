@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from conformance.case import Step
@@ -18,17 +19,34 @@ MOVED = ("running_mean", "num_batches_tracked")
 ALL = ("y", *GRADIENTS, *RUNNING)
 
 BUILDERS: dict[str, Builder] = {}
+SWEEPS: dict[str, Builder] = {}
 
 
-def asks(clause: str) -> Callable[[Builder], Builder]:
+def asks(clause: str, register: dict[str, Builder] = BUILDERS) -> Callable[[Builder], Builder]:
     """Register a function from a number of ranks to the cases of a clause."""
 
-    def register(builder: Builder) -> Builder:
-        assert clause not in BUILDERS
-        BUILDERS[clause] = builder
+    def add(builder: Builder) -> Builder:
+        assert clause not in register
+        register[clause] = builder
         return builder
 
-    return register
+    return add
+
+
+def sweeps(clause: str) -> Callable[[Builder], Builder]:
+    """The same for cases that only the profile `full` has."""
+    return asks(clause, SWEEPS)
+
+
+def products(**factors: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Every choice of one value for each factor."""
+    for values in itertools.product(*factors.values()):
+        yield dict(zip(factors, values, strict=True))
+
+
+def titled(**chosen: Any) -> str:
+    """A title that names what was chosen."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
 
 
 def case(title: str, *steps: Step, **fields: Any) -> Draft:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from conformance.case import Step
-from conformance.cases.build import Draft, asks, case, uneven
+from conformance.cases.build import GRADIENTS, MOVED, Draft, asks, case, uneven
 
 
 @asks("CTOR-1")
@@ -44,6 +45,14 @@ def checkpoints(ranks: int) -> Iterator[Draft]:
         )
     loaded = Step(uneven(ranks, 3, 4), mode="eval", backward=False)
     yield case("a BatchNorm's state_dict decides eval", loaded, checks=("y",))
+    train, again = Step(uneven(ranks, 3, 4)), Step(uneven(ranks, 3, 4), reload=True)
+    for momentum in (0.1, None):
+        yield case(
+            f"a checkpoint between steps, momentum={momentum}",
+            *(train, again, replace(again, mode="eval")),
+            layer={"momentum": momentum},
+            checks=("y", *GRADIENTS, *MOVED),
+        )
 
 
 @asks("ERR-1")

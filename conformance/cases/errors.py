@@ -15,6 +15,7 @@ def wrong_shapes(ranks: int) -> Iterator[Draft]:
         ("1 dimension", (3,)),
         ("0 channels", (4, 0, 5)),
         ("2 channels for 3", (4, 2, 5)),
+        ("6 channels for 3", (4, 6, 5)),  # which a reshape to 3 would not refuse
     ):
         for mode in ("train", "eval"):
             step = Step(even(ranks, *shape), mode=mode, backward=False, error=everyone)
@@ -31,6 +32,8 @@ def single_value(ranks: int) -> Iterator[Draft]:
     if ranks > 1:
         step = Step(even(ranks, 1, 3))
         yield case("one value on each rank is enough", step, checks=("y",))
+        step = Step(((1, 3), *even(ranks - 1, 8, 3)))
+        yield case("one value on rank 0, 8 on the others", step, checks=("y",))
 
 
 @asks("ERR-9")

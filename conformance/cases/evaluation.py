@@ -19,6 +19,8 @@ def evaluation(ranks: int) -> Iterator[Draft]:
         yield one(f"{len(spatial) + 2} dimensions", step)
     step = Step(uneven(ranks, 3, 5), mode="eval", backward=False)
     yield one("affine=False", step, affine=False)
+    yield one("eps=0.0", step, eps=0.0)
+    yield case("a negative running_var", step, state="negative", checks=("y",))
     yield one("one value", Step(even(ranks, 1, 3), mode="eval", backward=False))
     yield one("no data", Step(even(ranks, 0, 3, 4), mode="eval", backward=False))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from conformance.case import Data, Step
 from conformance.cases.build import (
+    MOVED,
     Draft,
     Shapes,
     asks,
@@ -75,9 +76,15 @@ def empty_shards(ranks: int) -> Iterator[Draft]:
 
 @asks("FWD-5")
 def groups(ranks: int) -> Iterator[Draft]:
+    everyone = tuple(range(ranks))
     for title, grouping in groupings(ranks):
         step = Step(uneven(ranks, 3, 5), backward=False)
         yield case(title, step, groups=grouping, checks=("y",))
+    if ranks > 2:
+        one, two = (everyone[:1], everyone[1:]), (everyone[:2], everyone[2:])
+        first, then = Step(uneven(ranks, 3, 5)), Step(uneven(ranks, 3, 5), groups=two)
+        evaluate = Step(uneven(ranks, 3, 5), mode="eval")
+        yield case("groups change", first, then, evaluate, groups=one, checks=("y", *MOVED))
 
 
 @asks("FWD-6")
@@ -92,6 +99,8 @@ def partitions(ranks: int) -> Iterator[Draft]:
         shapes = tuple((batch, 3, 4) for batch in batches)
         step = Step(shapes, x=Data(shared=True, ratio=10.0))
         yield case(title, step, checks=("y", "grad_input"))
+    steps = Step(uneven(ranks, 3, 40, 40)), Step(ragged(ranks, 3))
+    yield case("the same twice", *steps, checks=("repeatable",))
 
 
 @asks("FWD-7")
@@ -103,3 +112,8 @@ def layouts(ranks: int) -> Iterator[Draft]:
     mixed = tuple(("contiguous", "channels_last", "sliced")[rank % 3] for rank in range(ranks))
     step = Step(ragged(ranks, 3), layout=mixed, backward=False)
     yield case("a different layout on each rank", step, checks=("y",))
+    for channels in (63, 65, 96, 257):
+        shapes = ((1, channels, 104, 100), *even(ranks - 1, 2, channels, 3, 5))
+        step = Step(shapes, layout="channels_last", backward=False)
+        layer = {"num_features": channels}
+        yield case(f"channels_last, {channels} channels", step, layer=layer, checks=("y",))

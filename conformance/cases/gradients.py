@@ -60,6 +60,12 @@ def input_gradients(ranks: int) -> Iterator[Draft]:
                     layout=layout,
                     dy_layout=dy_layout,
                 )
+    for spatial in ((5,), (5, 4), (3, 4, 2)):
+        step = Step(uneven(ranks, 3, *spatial), layout="channels_last")
+        title = f"format of the gradient, {len(spatial) + 2} dimensions"
+        yield case(title, step, checks=("grad_input", "grad_format"))
+    step = Step(uneven(ranks, 3, 4), beside=True)
+    yield case("two layers in parallel branches", step, step, checks=("y", *GRADIENTS))
 
 
 @asks("GRAD-2")
@@ -79,6 +85,8 @@ def parameter_gradients(ranks: int) -> Iterator[Draft]:
     for title, grouping in groupings(ranks):
         step = Step(uneven(ranks, 3, 5))
         yield case(f"groups: {title}", step, groups=grouping, checks=checks)
+    step = Step(uneven(ranks, 3, 5))
+    yield case("averaged by data parallelism", step, ddp=True, checks=checks)
 
 
 @asks("GRAD-3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from conformance.case import Data, Step
@@ -53,6 +54,10 @@ def numerics(ranks: int) -> Iterator[Draft]:
     for scale in (1e-4, 1e-6):
         yield one(f"std {scale:g}, far below sqrt(eps)", Step(shapes, x=Data(10.0, scale)))
     yield one("constant channels", Step(shapes, x=Data(ratio=1e3, constant=True)))
+    flat = Step(even(ranks, 4, 3, 5), x=Data(flat=(1,)))
+    yield one("channel 1 constant on each rank", flat, eps=0.0)
+    overflow = Step(shapes, x=Data(ratio=1.0, scale=1e30))
+    yield case("scale 1e30, where the variance overflows", overflow, checks=("defined",))
     for ratio in (0.0, 1e5):
         step = Step(shapes, dtype="float64", x=Data(ratio=ratio), dy_zero_sum=True)
         yield one(f"float64, mean/std {ratio:g}", step, dtype="float64")
@@ -77,6 +82,9 @@ def halves(ranks: int) -> Iterator[Draft]:
                     layer={"dtype": parameters},
                     checks=ALL,
                 )
+    if ranks > 1:  # the mean of dy grows with the rank
+        step = Step((*even(ranks - 1, 1, 1, 5), (1, 1, 800_000)), dtype="float16")
+        yield case("sums of dy beyond 65504", step, layer={"num_features": 1}, checks=ALL)
 
 
 @asks("NUM-3")
@@ -124,3 +132,6 @@ def collectives(ranks: int) -> Iterator[Draft]:
         yield case(title, train, evaluate, layer=layer, checks=("collectives",))
     step = Step(holes(ranks, {0}, 3, 4))
     yield case("rank 0 is empty", step, checks=("collectives",))
+    # Communicators are counted after each step, not between repetitions.
+    repeated = replace(train, repeat=199)
+    yield case("200 steps", train, repeated, checks=("communicators", *RUNNING), deadline=60.0)

@@ -184,7 +184,7 @@ class FrameworkRank(ABC):
         elif "process_group" in arguments and not self.rank_ids:
             arguments["process_group"] = self._group(tuple(arguments["process_group"]))
         layer = self.build(arguments)
-        if case.state == "random" and case.error is None:
+        if case.state != "initial" and case.error is None:
             state = {
                 name: self.tensor(values, case.parameter_dtype)
                 for name, values in data.initial_state(case).items()

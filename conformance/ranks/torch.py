@@ -12,7 +12,10 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not marked so
+from torch.distributed import (  # type: ignore[attr-defined]  # public, but not marked so
+    PrefixStore,
+    TCPStore,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -42,6 +45,7 @@ class TorchRank(FrameworkRank):
         if not isinstance(self.cls(1), nn.Module):
             raise TypeError(f"{target['cls']} must be a torch.nn.Module")
         self.store: TCPStore | None = None
+        self.worlds = 0
 
     def versions(self) -> dict[str, str]:
         versions = {"torch": torch.__version__, "collectives": _COLLECTIVES[self.device.type]}
@@ -50,17 +54,21 @@ class TorchRank(FrameworkRank):
         return versions
 
     def host(self) -> int:
-        self.store = TCPStore("127.0.0.1", 0, self.ranks, True, wait_for_workers=False)
+        if self.store is None:
+            self.store = TCPStore("127.0.0.1", 0, self.ranks, True, wait_for_workers=False)
         return self.store.port
 
     def join(self, port: int) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         self.groups = {}
-        if self.rank != 0:
+        # One store for all worlds: of the clients of a second one, every sixth waits for 5 s.
+        if self.store is None:
             self.store = TCPStore("127.0.0.1", port, self.ranks, False)
+        self.worlds += 1
+        store = PrefixStore(f"world {self.worlds}", self.store)
         backend = _COLLECTIVES[self.device.type]
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.ranks)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks)
 
     def build(self, arguments: dict[str, Any]) -> nn.Module:
         layer: nn.Module = self.cls(**arguments).to(self.device)

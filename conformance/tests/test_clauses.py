@@ -17,7 +17,7 @@ from conformance.clauses import CLAUSES
 from conformance.pool import RankPool
 from conformance.tests.conftest import RANKS
 
-CASES = catalogue(RANKS)
+CASES = catalogue(RANKS, "certify")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.clause}-{case.id}")

@@ -85,6 +85,7 @@ def report_of(clauses: list[dict[str, Any]], cases: list[dict[str, Any]]) -> dic
         "profile": "full",
         "level": "decided",
         "seconds": 74.21,
+        "must_pass": {"listed": len(cases), "missing": []},
         "summary": {
             "verdict": "pass" if all(one["verdict"] == "pass" for one in required) else "fail",
             "required": counts(required),
@@ -201,6 +202,7 @@ class TestValidate:
             ("summary.required.fail", 0, "summary.required.fail: must be the count 1, got 0"),
             ("summary.cases.pass", 3, "summary.cases.pass: must be the count 2, got 3"),
             ("summary.verdict", "pass", "summary.verdict: must be 'fail' unless every required"),
+            ("must_pass.missing", [f"{1:012x}"], "must_pass.missing: must not name a case that"),
         ],
     )
     def test_refuses(self, place: str, value: Any, message: str) -> None:
