@@ -83,8 +83,7 @@ def groups(ranks: int) -> Iterator[Draft]:
     if ranks > 2:
         one, two = (everyone[:1], everyone[1:]), (everyone[:2], everyone[2:])
         first, then = Step(uneven(ranks, 3, 5)), Step(uneven(ranks, 3, 5), groups=two)
-        evaluate = Step(uneven(ranks, 3, 5), mode="eval")
-        yield case("groups change", first, then, evaluate, groups=one, checks=("y", *MOVED))
+        yield case("groups change", first, then, groups=one, checks=("y", *MOVED))
 
 
 @asks("FWD-6")

@@ -271,13 +271,9 @@ def recomputed(ranks: int) -> Iterator[Draft]:
 
 @sweeps("CTOR-5")
 def reloaded(ranks: int) -> Iterator[Draft]:
-    """A checkpoint goes into a new layer before any of four steps."""
+    """A checkpoint goes into a new layer before one of four steps."""
     for at, dtype, momentum in product(range(1, 4), _DTYPES, (0.1, None)):
-        modes = ("train", "train", "eval", "train")
-        steps = (
-            Step(uneven(ranks, 3, 4), mode=mode, dtype=dtype, reload=index == at)
-            for index, mode in enumerate(modes)
-        )
+        steps = (Step(uneven(ranks, 3, 4), dtype=dtype, reload=index == at) for index in range(4))
         layer = {"dtype": dtype, "momentum": momentum}
         title = titled(reloaded_before_step=at, dtype=dtype, momentum=momentum)
         yield case(title, *steps, layer=layer, checks=("y", *MOVED))
