@@ -24,9 +24,8 @@ TWINLESS := left out: the twin of our kernels, which is not compiled (make kerne
 
 .PHONY: conformance
 conformance: $(READY) ## judge our layers on RANKS (4) ranks, beside MindSpore's own operator
-	$(JUDGE) --target syncbn.torch
-	$(JUDGE) --target syncbn.torch --backend aten --profile certify --oracle none \
-	  --out reports/out/syncbn.torch-aten
+	$(JUDGE) --target syncbn.torch --profile full --oracle none
+	$(JUDGE) --target syncbn.torch --backend aten --oracle none --out reports/out/syncbn.torch-aten
 	@test -f $(TWIN) || echo "$(TWINLESS)"
 	@! test -f $(TWIN) || $(MAKE) --no-print-directory conformance-twin
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
@@ -34,12 +33,12 @@ conformance: $(READY) ## judge our layers on RANKS (4) ranks, beside MindSpore's
 
 .PHONY: conformance-twin
 conformance-twin: $(READY)
-	$(JUDGE) --target syncbn.torch --backend twin --profile certify --oracle none \
-	  --out reports/out/syncbn.torch-twin
+	$(JUDGE) --target syncbn.torch --backend twin --oracle none --out reports/out/syncbn.torch-twin
 
 .PHONY: conformance-mindspore
 conformance-mindspore: $(READY)
-	$(JUDGE) --target syncbn.mindspore --profile certify
+	$(JUDGE) --target syncbn.torch --out reports/out/syncbn.torch-beside
+	$(JUDGE) --target syncbn.mindspore
 	$(JUDGE) --target syncbn.mindspore --mode graph --profile smoke --oracle none \
 	  --out reports/out/syncbn.mindspore-graph
 
@@ -50,7 +49,7 @@ kernels: $(READY) ## prove our Triton kernels without a device (puts 2.5 GB of t
 
 .PHONY: findings
 findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-conformance.md
-	for ranks in 4 1; do $(RUN) -m conformance run --target mindspore.mint --profile certify --ranks $$ranks \
+	for ranks in 4 1; do $(RUN) -m conformance run --target mindspore.mint --ranks $$ranks \
 	  --out reports/out/mindspore.mint-$$ranks || test $$? = 1; done
 	$(RUN) -m reports findings reports/out/mindspore.mint-4 reports/out/mindspore.mint-1 \
 	  --out docs/mindspore-conformance.md

@@ -22,6 +22,7 @@ from conformance.cases import (  # noqa: F401  # importing them registers their 
 )
 from conformance.cases.build import BUILDERS, SWEEPS
 from conformance.clauses import CLAUSES
+from conformance.failures import tagged
 
 # Each holds the ones before it.
 PROFILES = ("smoke", "certify", "full")
@@ -41,7 +42,7 @@ def catalogue(ranks: int, profile: str = "full") -> list[Case]:
         drafts = list(BUILDERS[clause](ranks)) if clause in BUILDERS else []
         if profile == "full" and clause in SWEEPS:
             drafts += SWEEPS[clause](ranks)
-        cases = [Case(clause=clause, ranks=ranks, **draft) for draft in drafts]
+        cases = [tagged(Case(clause=clause, ranks=ranks, **draft)) for draft in drafts]
         cases += [case for case in known if case.clause == clause]
         for case in cases[:1] if profile == "smoke" else cases:
             found.setdefault(case.id, case)

@@ -80,7 +80,7 @@ def halves(ranks: int) -> Iterator[Draft]:
                     step,
                     evaluate,
                     layer={"dtype": parameters},
-                    checks=ALL,
+                    checks=(*ALL, "format"),
                 )
     if ranks > 1:  # the mean of dy grows with the rank
         step = Step((*even(ranks - 1, 1, 1, 5), (1, 1, 800_000)), dtype="float16")
