@@ -26,16 +26,21 @@ k = s^2 X / n, and A = mean|x|:
 
     m    dm = u (h A + |m|)                                                         (b), store
     v    dv = u h v + 2 sqrt(v) de + 5 de^2                                            (b), (c)
-    s    ds = (1 - dv / (v + eps))^(-1/2) - 1 + 3u              relative; add, root, reciprocal
-    y    |g| s (dm + u (|x| + 2|m|)) + |g d| s (ds + 2u) + u (|y| + |b|)                    (d)
+    s    ds = max(sqrt((v + eps) / (max(v - dv, 0) + eps)) - 1,
+                  1 - sqrt((v + eps) / (v + dv + eps))) + 3u    relative; add, root, reciprocal;
+                                                                a mean of squares is not negative
+    y    |g| s (1 + ds) (dm + u (|x| + 2|m|)) + |g d| s (ds + 2u) + u (|y| + |b|)           (d)
     S    dS = u h sum|dy|                                                                   (b)
     X    dX = u (h + 2) sum|dy d| + |S| dm                    (b); X of m + dm is X - S dm
-    gw   s dX + |s X| (ds + u)                                          grad_weight = s X
-    k    dk = s^2 dX / n + |k| (2 ds + 4u)
-    dx   |g| s (dS / n + |d| dk + |k| dm + 4u (|dy| + |S| / n + |k| (|x| + |m|)))
+    gw   s (1 + ds) dX + |s X| (ds + u)                                 grad_weight = s X
+    k    dk = (1 + ds)^2 s^2 dX / n + |k| ((1 + ds)^2 - 1 + 4u)
+    dx   |g| s (1 + ds) (dS / n + |d| dk + (|k| + dk) dm + 4u (|dy| + |S| / n + |k| (|x| + |m|)))
              + |dx| (ds + 3u)                                                               (d)
          |dx| (ds + 2u) in eval, where dx = g s dy
     r    (1 - f) dr + f db + 2u (|(1 - f) r| + |f b|)        running statistic, f = momentum
+
+Where v is far below its own error, ds is not small, hence 1 + ds where first order would do. With
+eps = 0 it may be infinite: then nothing can be said of a result.
 
 Each value is then rounded to its dtype: u_o |value| + half the smallest subnormal.
 
@@ -140,11 +145,13 @@ def of_moments(x: Array, mean: Array, var: Array, ranks: int, u: float) -> Stati
 
 
 def of_scale(var: Bounded, eps: float, u: float) -> Scale:
-    """ds; infinite where the error of v may reach v + eps."""
+    """ds."""
+    v, dv = var
+    lowest = np.where(v >= 0, np.maximum(v - dv, 0), v - dv)
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = var.bound / (var.value + eps)
-        relative = np.where(share < 1, 1 / np.sqrt(1 - np.minimum(share, 1)) - 1, np.inf)
-        return Scale(1 / np.sqrt(var.value + eps), relative + 3 * u)
+        rise = np.sqrt((v + eps) / (lowest + eps)) - 1
+        fall = 1 - np.sqrt((v + eps) / (v + dv + eps))
+        return Scale(1 / np.sqrt(v + eps), np.maximum(rise, fall) + 3 * u)
 
 
 def of_y(
@@ -153,7 +160,8 @@ def of_y(
     """The bound of y before it is rounded to its dtype."""
     mean, dm = stats.mean
     gain = np.abs(weight) * scale.value
-    shift = column(gain) * (column(dm) + u * (np.abs(x) + 2 * column(np.abs(mean))))
+    off = column(dm) + u * (np.abs(x) + 2 * column(np.abs(mean)))
+    shift = column(gain * (1 + scale.relative)) * off
     stretch = column(gain * (scale.relative + 2 * u)) * np.abs(x - column(mean))
     return shift + stretch + u * (np.abs(y) + column(np.abs(bias)))
 
@@ -172,7 +180,8 @@ def of_sums(
 def of_grad_weight(sum_dy_xmu: Bounded, scale: Scale, u: float) -> Array:
     """The bound of grad_weight = s X before it is rounded to its dtype."""
     value, bound = sum_dy_xmu
-    return scale.value * bound + np.abs(scale.value * value) * (scale.relative + u)
+    largest = scale.value * (1 + scale.relative)
+    return largest * bound + np.abs(scale.value * value) * (scale.relative + u)
 
 
 def of_dx(
@@ -189,21 +198,14 @@ def of_dx(
     """The bound of dx before it is rounded to its dtype; both sums are those of the group."""
     mean, dm = stats.mean
     n = stats.n
+    growth = 1 + scale.relative
     k = np.abs(scale.value**2 * sum_dy_xmu.value / n)
-    dk = scale.value**2 * sum_dy_xmu.bound / n + k * (2 * scale.relative + 4 * u)
-    rounding = (
-        4
-        * u
-        * (
-            np.abs(dy)
-            + column(np.abs(sum_dy.value) / n)
-            + column(k) * (np.abs(x) + column(np.abs(mean)))
-        )
-    )
-    inner = column(sum_dy.bound / n + k * dm) + column(dk) * np.abs(x - column(mean)) + rounding
-    return column(np.abs(weight) * scale.value) * inner + column(scale.relative + 3 * u) * np.abs(
-        dx
-    )
+    dk = growth**2 * scale.value**2 * sum_dy_xmu.bound / n + k * (growth**2 - 1 + 4 * u)
+    sizes = column(np.abs(sum_dy.value) / n) + column(k) * (np.abs(x) + column(np.abs(mean)))
+    rounding = 4 * u * (np.abs(dy) + sizes)
+    inner = column(sum_dy.bound / n + (k + dk) * dm) + column(dk) * np.abs(x - column(mean))
+    gain = np.abs(weight) * scale.value * growth
+    return column(gain) * (inner + rounding) + column(scale.relative + 3 * u) * np.abs(dx)
 
 
 def of_constant_statistics_dx(dx: Array, scale: Scale, u: float) -> Array:

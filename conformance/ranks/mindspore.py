@@ -158,7 +158,8 @@ class MindSporeRank(FrameworkRank):
         learned = [p for p in layer.get_parameters() if p.name in _LEARNED]
         for parameter in learned:
             parameter.requires_grad = wants_parameters
-        layer.set_train(step.mode == "train")
+        for cell in filter(None, (layer, beside)):
+            cell.set_train(step.mode == "train")
         weights = learned if wants_parameters else []
         position = 0 if wants_input and x.is_floating_point() else None
         recomputing, loss = step.recompute, self.loss

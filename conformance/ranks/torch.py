@@ -118,7 +118,8 @@ class TorchRank(FrameworkRank):
         for parameter in layer.parameters():
             parameter.requires_grad_(wants_parameters)
             parameter.grad = None
-        layer.train(step.mode == "train")
+        for module in filter(None, (layer, beside)):
+            module.train(step.mode == "train")
         formats: list[bool] = []
         if x.requires_grad:  # before autograd gives the gradient the format of x
             x.register_hook(lambda grad: formats.append(self.is_channels_last(grad)))
