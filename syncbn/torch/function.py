@@ -245,10 +245,14 @@ def _canonical(t: Tensor, like: Tensor) -> Tensor:
     Contiguous input becomes (N, C, prod S), channels-last input (N prod S, C, 1), both without a
     copy if they have no gaps; any other layout is copied to contiguous.
     """
-    channels = t.shape[1]
+    batch, channels, *spatial = t.shape
     if _channels_last(like):
-        return t.movedim(1, -1).contiguous().view(-1, channels, 1)
-    return t.contiguous().view(t.shape[0], channels, math.prod(t.shape[2:]))
+        values, shape = t.movedim(1, -1), (batch * math.prod(spatial), channels, 1)
+    else:
+        values, shape = t, (batch, channels, math.prod(spatial))
+    # Flat in between, so that dimensions of size 1 have the usual strides, too: if those of x and dy
+    # differ, ATen takes a kernel that adds up bfloat16 values in bfloat16.
+    return values.contiguous().view(-1).view(shape)
 
 
 def _restore(rows: Tensor, like: Tensor) -> Tensor:
