@@ -61,6 +61,11 @@ def numerics(ranks: int) -> Iterator[Draft]:
     for ratio in (0.0, 1e5):
         step = Step(shapes, dtype="float64", x=Data(ratio=ratio), dy_zero_sum=True)
         yield one(f"float64, mean/std {ratio:g}", step, dtype="float64")
+    # Roundings of equal values have one sign: whoever adds them one by one shows it here.
+    for dtype in ("float32", "float64"):
+        alike = Data(ratio=1.0, flat=(0, 1, 2))
+        step = Step(even(ranks, 2, 3, 70, 71), dtype=dtype, x=alike)
+        yield one(f"{dtype}, equal values on each rank", step, dtype=dtype)
 
 
 @asks("NUM-2")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import mindspore as ms
 from mindspore import Tensor, ops
 
 from syncbn.mindspore.backends import inverse_std, wide
 
+_BLOCK = 64  # values that are added up one after the other
+
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.astype(wide())
-    mean = x.mean((0, 2))
-    return mean, ops.square(x - mean.reshape(1, -1, 1)).mean((0, 2))
+    values, count = x.astype(wide()), x.shape[0] * x.shape[2]
+    mean = _sum(values, x.dtype) / count
+    centred = values - mean.reshape(1, -1, 1)
+    return mean, _sum(ops.square(centred), x.dtype) / count
 
 
 def combine(
@@ -35,7 +41,7 @@ def normalize(
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     dy = dy.astype(wide())
     centred = x.astype(wide()) - mean.reshape(1, -1, 1)
-    return dy.sum((0, 2)), (dy * centred).sum((0, 2))
+    return _sum(dy, x.dtype), _sum(dy * centred, x.dtype)
 
 
 def input_grad(
@@ -52,6 +58,20 @@ def input_grad(
     centred = x.astype(wide()) - mean.reshape(1, -1, 1)
     dx = dy.astype(wide()) - (sum_dy / n).reshape(1, -1, 1) - centred * slope.reshape(1, -1, 1)
     return (dx * _scale(invstd, weight)).astype(dy.dtype)
+
+
+def _sum(values: Tensor, dtype: Any) -> Tensor:
+    """Of each channel of (R, C, S), whose values were computed from such of `dtype`.
+
+    MindSpore adds one value after the other: no harm unless they were float64 from the start.
+    """
+    if dtype != ms.float64:
+        return values.sum((0, 2))
+    rows = values.swapaxes(0, 1).reshape(values.shape[1], -1)
+    for _ in range(4):  # of 2^24 values, one is left
+        rows = ops.pad(rows, (0, -rows.shape[1] % _BLOCK))
+        rows = rows.reshape(rows.shape[0], -1, _BLOCK).sum(2)
+    return rows.sum(1)
 
 
 def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:

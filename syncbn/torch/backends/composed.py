@@ -2,8 +2,8 @@
 
 Used as they are, the CPU kernels lose accuracy: on channels-last input they add up float32 values
 one after the other, so that 1e5 values of mean/std 1e4 leave no digit of the variance. Here a
-reduction in float32 only sees columns of at most `_BLOCK` values, which are merged in float64; the
-others add up in float64 from the start.
+reduction in the type of its input only sees columns of at most `_BLOCK` values, which are merged in
+float64; the others add up in float64 from the start.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _FEW = 8  # with fewer rows, columns are too short to pay for their merge
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = _as_rows(x)
     if x.shape[0] < _FEW:
         # In float64, for the kernel keeps the sum of squares, which may overflow float32.
         return _kernel_stats(x.to(wide(x.device)))
@@ -57,6 +58,7 @@ def normalize(
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     mean = mean.to(_statistics_dtype(x))
+    dy, x = _as_rows(dy), _as_rows(x)
     if x.shape[2] >= _LARGE:
         # Contiguous images the CPU kernel adds up in float64, large ones faster than in columns.
         sum_dy, sum_dy_xmu = _kernel_sums(dy, x, mean)
@@ -94,6 +96,11 @@ def input_grad(
 def _statistics_dtype(x: Tensor) -> torch.dtype:
     """What the kernels accumulate in and return statistics as."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """float64 (R, C, S) as (R S, C, 1): nothing wider can add up a whole image of it."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], 1) if x.dtype == torch.float64 else x
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
