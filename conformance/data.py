@@ -66,10 +66,10 @@ def initial_state(case: Case) -> dict[str, Array]:
     """Parameters and running statistics that every rank starts from."""
     features, dtype = case.num_features, case.parameter_dtype
     draw = _generator(case.seed, "state", 0)
-    weight = draw.uniform(0.5, 1.5, features) * draw.choice([-1.0, 1.0], features)
+    weight = draw.uniform(0.5, 1.5, features) * np.where(np.arange(features) % 2, -1, 1)
     bias = draw.standard_normal(features)
     mean = draw.standard_normal(features)
-    var = draw.uniform(0.5, 2.0, features)
+    var = 10 ** draw.uniform(-2, 2, features)
     if case.state == "negative":
         var[0] = -var[0]
     state: dict[str, Array] = {}

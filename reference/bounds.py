@@ -31,7 +31,7 @@ k = s^2 X / n, and A = mean|x|:
                                                                 a mean of squares is not negative
     y    |g| s (1 + ds) (dm + u (|x| + 2|m|)) + |g d| s (ds + 2u) + u (|y| + |b|)           (d)
     S    dS = u h sum|dy|                                                                   (b)
-    X    dX = u (h + 2) sum|dy d| + |S| dm                    (b); X of m + dm is X - S dm
+    X    dX = u (h + 2) sum|dy| (|d| + dm) + |S| dm           (b); X of m + dm is X - S dm
     gw   s (1 + ds) dX + |s X| (ds + u)                                 grad_weight = s X
     k    dk = (1 + ds)^2 s^2 dX / n + |k| ((1 + ds)^2 - 1 + 4u)
     dx   |g| s (1 + ds) (dS / n + |d| dk + (|k| + dk) dm + 4u (|dy| + |S| / n + |k| (|x| + |m|)))
@@ -173,7 +173,8 @@ def of_sums(
     h = depth(dy.shape[1], ranks)
     d = x - column(mean.value)
     d_sum_dy = u * h * np.abs(dy).sum(axis=1)
-    d_sum_dy_xmu = u * (h + 2) * np.abs(dy * d).sum(axis=1) + np.abs(sum_dy) * mean.bound
+    terms = (np.abs(dy) * (np.abs(d) + column(mean.bound))).sum(axis=1)
+    d_sum_dy_xmu = u * (h + 2) * terms + np.abs(sum_dy) * mean.bound
     return d_sum_dy, d_sum_dy_xmu
 
 

@@ -49,15 +49,20 @@ def failing_together(ranks: int) -> Iterator[Draft]:
         ("the first and the last rank have 2 channels", (0, last), (2, 2, 4)),
     ):
         shapes = tuple(shape if r in at else one for r, one in enumerate(good.shapes))
-        bad = Step(shapes, error=ExpectedError("Exception", at))
+        bad = Step(shapes, error=ExpectedError("ValueError", at))
         yield case(title, good, bad, good, checks=("y", *MOVED))
+    shapes = ((2, 2, 4), *good.shapes[1:])
+    error = ExpectedError("ValueError", (0,))
+    both = Step(shapes, frozen_input=(1,), frozen_parameters=(1,), error=error)
+    title = "rank 0 has 2 channels for 3, rank 1 nothing to differentiate"
+    yield case(title, both, good, checks=("y", *MOVED))
     integers = tuple("int64" if rank == 1 else "float32" for rank in range(ranks))
-    bad = Step(good.shapes, dtype=integers, error=ExpectedError("Exception", (1,)))
+    bad = Step(good.shapes, dtype=integers, error=ExpectedError("TypeError", (1,)))
     yield case("rank 1 has integers", bad, good, checks=("y", *MOVED))
     if ranks > 3:
         halves = (tuple(range(ranks // 2)), tuple(range(ranks // 2, ranks)))
         shapes = ((2, 2, 4), *good.shapes[1:])
-        bad = Step(shapes, error=ExpectedError("Exception", (0,)))
+        bad = Step(shapes, error=ExpectedError("ValueError", (0,)))
         yield case(
             "one group fails, the other goes on", bad, good, groups=halves, checks=("y", *MOVED)
         )

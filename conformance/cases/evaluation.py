@@ -73,3 +73,5 @@ def untracked_eval(ranks: int) -> Iterator[Draft]:
     ):
         step = Step(shapes, mode="eval")
         yield case(title, step, layer=layer, checks=("y", *GRADIENTS))
+    step = Step(uneven(ranks, 3, 5), mode="eval")
+    yield case("eps=0.1", step, layer={"eps": 0.1} | layer, checks=("y", *GRADIENTS))

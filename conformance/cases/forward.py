@@ -80,6 +80,9 @@ def groups(ranks: int) -> Iterator[Draft]:
     for title, grouping in groupings(ranks):
         step = Step(uneven(ranks, 3, 5), backward=False)
         yield case(title, step, groups=grouping, checks=("y",))
+    step = Step(uneven(ranks, 3, 5))
+    layer = {"process_group": [*everyone[::2], *everyone[1::2]]}
+    yield case("a list of all rank ids", step, step, layer=layer, checks=("y", *MOVED))
     if ranks > 2:
         one, two = (everyone[:1], everyone[1:]), (everyone[:2], everyone[2:])
         first, then = Step(uneven(ranks, 3, 5)), Step(uneven(ranks, 3, 5), groups=two)

@@ -176,11 +176,11 @@ def faults(ranks: int) -> Iterator[Draft]:
     shapes = {"2 channels": (2, 2, 4), "no channel": (2, 0, 4), "1 dimension": (3,)}
     for at, (what, shape) in product(range(ranks), shapes.items()):
         wrong = tuple(shape if rank == at else one for rank, one in enumerate(good.shapes))
-        bad = Step(wrong, error=ExpectedError("Exception", (at,)))
+        bad = Step(wrong, error=ExpectedError("ValueError", (at,)))
         yield case(f"rank {at}: {what}", bad, good, bad, checks=("y", *MOVED))
     for at, dtype in product(range(ranks), ("int32", "float64")):
         dtypes = tuple(dtype if rank == at else "float32" for rank in range(ranks))
-        bad = Step(good.shapes, dtype=dtypes, error=ExpectedError("Exception", (at,)))
+        bad = Step(good.shapes, dtype=dtypes, error=ExpectedError("TypeError", (at,)))
         yield case(f"rank {at}: {dtype}", bad, good, checks=("y", *MOVED))
 
 

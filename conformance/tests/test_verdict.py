@@ -12,6 +12,7 @@ import pytest
 from conformance import data, verdict
 from conformance.case import Case, ExpectedError, Step
 from conformance.cases import catalogue
+from conformance.clauses import CLAUSES
 from conformance.expected import expect
 from conformance.pool import Outcome
 from conformance.verdict import THRESHOLD, judge, ratio
@@ -301,3 +302,20 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     for given in (values, ties):
         expected = torch.tensor(given).to(torch.bfloat16).to(torch.float64).numpy()
         np.testing.assert_array_equal(data.round_to(given, "bfloat16"), expected)
+
+
+@pytest.mark.parametrize("bad", ["crash", "hang", "fail", "unsupported", "not-run"])
+def test_a_clause_has_the_verdict_of_its_worst_case(bad: str) -> None:
+    assert verdict.worst_of(["pass", bad, "pass"]) == bad
+    assert verdict.worst_of(["pass", "pass"]) == "pass"
+    assert verdict.worst_of([]) == "not-run"
+
+
+def test_which_clauses_count_for_the_exit_status() -> None:
+    def counting(level: str) -> set[str]:
+        return {name for name in CLAUSES if verdict.required(name, level)}
+
+    asked = {name for name, clause in CLAUSES.items() if clause.not_run is None}
+    assert counting("decided") == asked
+    assert counting("documented") == {name for name in asked if CLAUSES[name].documented}
+    assert counting("documented") < counting("decided")

@@ -250,8 +250,8 @@ def _canonical(t: Tensor, like: Tensor) -> Tensor:
         values, shape = t.movedim(1, -1), (batch * math.prod(spatial), channels, 1)
     else:
         values, shape = t, (batch, channels, math.prod(spatial))
-    # Flat in between, so that dimensions of size 1 have the usual strides, too: if those of x and dy
-    # differ, ATen takes a kernel that adds up bfloat16 values in bfloat16.
+    # Flat in between, so that dimensions of size 1 have the usual strides, too: if those of x and
+    # dy differ, ATen takes a kernel that adds up bfloat16 values in bfloat16.
     return values.contiguous().view(-1).view(shape)
 
 
