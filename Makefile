@@ -47,6 +47,12 @@ kernels: $(READY) ## prove our Triton kernels without a device (puts 2.5 GB of t
 	$(RUN) -m syncbn.kernels install
 	$(RUN) -m syncbn.kernels check
 
+.PHONY: mutants
+mutants: $(READY) ## put the suite to layers with planted faults, all of which it must find
+	$(RUN) -m conformance mutants --framework torch --declared
+	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
+	@! $(HAS_MINDSPORE) || $(RUN) -m conformance mutants --framework mindspore --declared --seeds 1
+
 .PHONY: findings
 findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-conformance.md
 	for ranks in 4 1; do $(RUN) -m conformance run --target mindspore.mint --ranks $$ranks \

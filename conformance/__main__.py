@@ -1,4 +1,4 @@
-"""The command line of the suite: run, list, show, replay, targets, freeze."""
+"""The command line of the suite: judge a layer, explore, look at cases, judge the suite itself."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import reports
-from conformance import must_pass, runner, targets
+from conformance import explore, failures, must_pass, runner, targets
 from conformance.case import Case, CaseError, load
 from conformance.cases import PROFILES, catalogue
 from conformance.clauses import CLAUSES
+from conformance.mutants import lines
+from conformance.mutants import run as mutants
 from conformance.pool import RankPool
 from conformance.runner import Result
 from conformance.targets import TargetError
@@ -31,6 +33,16 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the text says why."""
 
 
+_BAD_INPUT = (
+    UsageError,
+    TargetError,
+    CaseError,
+    reports.ReportError,
+    explore.ExploreError,
+    failures.RegistryError,
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all required clauses passed, 1 some did not, 2 bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
@@ -41,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # as by `list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UsageError, TargetError, CaseError, reports.ReportError) as error:
+    except _BAD_INPUT as error:
         print(f"conformance: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # standard output is full, say
@@ -144,6 +156,44 @@ def _replay(options: argparse.Namespace) -> int:
     return 0 if found.verdict == "pass" else 1
 
 
+def _explore(options: argparse.Namespace) -> int:
+    target = targets.parse(options.target, options.device, options.backend, options.mode)
+    with RankPool(target, options.ranks, options.launcher) as pool:
+        pool.start()
+        found = explore.explore(pool, options.minutes, options.seed)
+        explore.show(found, pool, _output())
+    return 1 if found.finding else 0
+
+
+def _mutants(options: argparse.Namespace) -> int:
+    frameworks = options.framework or mutants.FRAMEWORKS
+    _make_directory(options.out.parent)
+    return mutants.main(
+        frameworks,
+        options.mutant,
+        options.ranks,
+        options.seeds,
+        options.declared,
+        options.profile,
+        options.out,
+        _output(),
+    )
+
+
+def _lines(options: argparse.Namespace) -> int:
+    _make_directory(options.out.parent)
+    kinds = options.kind or ("swap",)
+    return lines.main(
+        options.count, options.seed, kinds, options.ranks, options.profile, options.out
+    )
+
+
+def _failures(options: argparse.Namespace) -> int:
+    failures.write(options.out, catalogue(4, "certify"))
+    print(f"wrote {options.out}")
+    return 0
+
+
 def _freeze(_: argparse.Namespace) -> int:
     must_pass.freeze()
     numbers = ", ".join(map(str, must_pass.RANKS))
@@ -209,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--ranks", type=_positive, default=4, help="default 4")
 
     def add_profile(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--profile", default="full", choices=PROFILES)
+        sub.add_argument("--profile", default="certify", choices=PROFILES, help="default certify")
 
     run = add("run", _run, "Judge a target, clause by clause.")
     for more in (add_target, add_ranks, add_profile):
@@ -238,6 +288,27 @@ def _parser() -> argparse.ArgumentParser:
     add_target(replay)
     add_ranks(replay)
     add("targets", _targets, "What can be given as --target.")
+    search = add("explore", _explore, "Ask drawn cases until one fails; keep the simplest.")
+    add_target(search)
+    add_ranks(search)
+    search.add_argument("--minutes", type=float, default=10.0, help="default 10")
+    search.add_argument("--seed", type=int, help="of the first batch of cases (default random)")
+    wrong = add("mutants", _mutants, "Judge the suite: it must find every planted fault.")
+    wrong.add_argument("mutant", nargs="*", help="names (default all)")
+    wrong.add_argument("--framework", action="append", choices=mutants.FRAMEWORKS)
+    wrong.add_argument("--seeds", type=_positive, default=3, help="default 3")
+    wrong.add_argument("--declared", action="store_true", help="ask only where a mutant must die")
+    wrong.add_argument("--out", type=Path, default=_OUT / "mutants.json")
+    changed = add("lines", _lines, "Judge the suite: change lines of syncbn.torch at random.")
+    changed.add_argument("--count", type=_positive, default=20, help="default 20")
+    changed.add_argument("--seed", type=int, default=0, help="default 0")
+    changed.add_argument("--kind", action="append", choices=tuple(lines.KINDS))
+    changed.add_argument("--out", type=Path, default=_OUT / "lines.json")
+    for judging in (wrong, changed):
+        add_ranks(judging)
+        add_profile(judging)
+    known = add("failures", _failures, "Write which cases ask about which known failure.")
+    known.add_argument("--out", type=Path, default=Path("docs/failure-modes.md"))
     add("freeze", _freeze, "Write the must-pass lists of all profiles from the cases there are.")
     return parser
 

@@ -49,16 +49,19 @@ FILES = (
 
 _PATIENCE_SECONDS = 5.0  # for a case; a hang is believed only if it lasts the case's own deadline
 
-_ENTRY_FILE = "entry.py"
+_DRAWS_EACH = 20  # before fewer mutants are taken than were asked for
+
+# The ranks load this file, beside the copy, as the module of the target.
 _ENTRY = """
 import sys
 from pathlib import Path
 
 COPY = Path(__file__).resolve().parent
-assert "syncbn" not in sys.modules, "syncbn was imported before the copy of it"
 sys.path.insert(0, str(COPY))
 import syncbn.torch
-assert Path(syncbn.torch.__file__).is_relative_to(COPY), f"imported {syncbn.torch.__file__}"
+
+if not Path(syncbn.torch.__file__).is_relative_to(COPY):
+    raise ImportError(f"syncbn must be that of {COPY}, got {syncbn.torch.__file__}")
 SyncBatchNorm = syncbn.torch.SyncBatchNorm
 """
 
@@ -233,17 +236,20 @@ class Mutant:
 
 
 def draw(count: int, seed: int, kinds: Sequence[str]) -> list[Mutant]:
-    """So many different mutants: each time a kind is drawn, and one of the places it applies to.
+    """Different mutants, `count` of them or as many as there are to be found by drawing.
 
-    A change that Python would not compile, or that leaves the syntax tree as it was, is no mutant.
+    Each time a kind is drawn, and then one of all places that it applies to. A change that Python
+    would not compile, or that leaves the syntax tree as it was, is no mutant.
     """
     rng = random.Random(seed)
     places = {kind: list(_places(kind)) for kind in kinds}
     found: dict[str, Mutant] = {}
-    while len(found) < count:
+    for _ in range(_DRAWS_EACH * count):
         mutant = _mutant(*rng.choice(places[rng.choice(list(kinds))]))
         if mutant is not None:
             found.setdefault(mutant.id, mutant)
+        if len(found) == count:
+            break
     return list(found.values())
 
 
@@ -307,7 +313,7 @@ def run(
     seed: int = 0,
     kinds: Sequence[str] = ("swap",),
     ranks: int = 4,
-    profile: str = "full",
+    profile: str = "certify",
     all_kills: bool = False,
     progress: Callable[[Fate], None] = lambda fate: None,
 ) -> list[Fate]:
@@ -341,7 +347,7 @@ def _copy(mutant: Mutant | None = None) -> Iterator[Target]:
         shutil.copytree(_ROOT / "syncbn", folder / "syncbn", ignore=skipped)
         if mutant is not None:
             (folder / mutant.path).write_bytes(mutant.text)
-        entry = folder / _ENTRY_FILE
+        entry = folder / "entry.py"
         entry.write_text(_ENTRY)
         layer = targets.parse("syncbn.torch")
         yield replace(layer, name="a copy of syncbn.torch", module=str(entry))
@@ -430,7 +436,7 @@ def main(
     seed: int = 0,
     kinds: Sequence[str] = ("swap",),
     ranks: int = 4,
-    profile: str = "full",
+    profile: str = "certify",
     out: Path = Path("reports/out/lines.json"),
 ) -> int:
     """The command: exit status 0 whatever survives, for a random mutant may be an equivalent."""

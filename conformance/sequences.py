@@ -1,0 +1,404 @@
+"""Sequences of steps, drawn at random: what exploration asks.
+
+A Hypothesis state machine builds a case: first the layer, then each rule adds a step, or a
+checkpoint before the next one. Its end hands over the whole case. What is drawn is defined by the
+contract; where the contract wants an error, the step expects it.
+
+Every rule draws the same choices, whatever came before, and among them whether its step is kept;
+what they mean in the case so far is worked out afterwards. So a simpler case is one choice away,
+which is how Hypothesis looks for it. The first choice of everything is the simplest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from conformance.case import Case, Data, ExpectedError, Groups, Step
+
+T = TypeVar("T")
+Choices: TypeAlias = dict[str, Any]
+
+_RULES = 6  # that build a case; fewer when it shrinks
+_DEADLINE = 10.0  # seconds for a case, which takes a fraction of one
+_LARGEST_IMAGE = 8192  # values
+
+_CHECKS = (
+    *("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "running_var"),
+    *("num_batches_tracked", "parameters", "state_names", "format", "input_unmodified"),
+    "communicators",
+)
+
+_LAYOUTS = st.sampled_from(("contiguous", "channels_last", "permuted", "sliced", "expanded"))
+_ANY = st.integers(0, 10**6)  # taken modulo what there is to choose from
+_HALVES = ("float16", "bfloat16")
+# The dtypes of input that go with one of the parameters.
+_INPUTS = {"float32": ("float32", *_HALVES)} | {name: (name,) for name in (*_HALVES, "float64")}
+
+# Inputs that the layer must refuse for their shape, or for the dtype int64.
+_FAULTS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
+    "a channel too many": lambda shape: (shape[0], shape[1] + 1, *shape[2:]),
+    "no channels": lambda shape: (shape[0], 0, *shape[2:]),
+    "1 dimension": lambda shape: shape[1:2],
+    "integers": lambda shape: shape,
+}
+
+_DEFAULTS = {
+    "eps": 1e-5,
+    "momentum": 0.1,
+    "affine": True,
+    "track_running_stats": True,
+    "dtype": "float32",
+}
+_LAYER = st.fixed_dictionaries(
+    {
+        "num_features": st.sampled_from((2, 1, 3, 5, 8, 17, 64, 65)),
+        "eps": st.sampled_from((1e-5, 0.1, 1e-3, 0.0, 1e-12, 1.0)),
+        "momentum": st.sampled_from((0.1, None, 0.0, 1.0, 0, 1, 0.35, 0.999)),
+        "affine": st.sampled_from((True, False)),
+        "track_running_stats": st.sampled_from((True, True, True, False)),
+        "dtype": st.sampled_from(("float32", "float32", *_HALVES, "float64")),
+    }
+)
+
+
+def explore(ranks: int, ask: Callable[[Case], None], from_seed: int, cases: int) -> None:
+    """Draw so many cases and call `ask` with each.
+
+    If `ask` raises, Hypothesis asks simpler and simpler cases, and last of all the simplest that
+    made it raise; that exception comes out.
+    """
+    chosen = settings(
+        max_examples=cases,
+        stateful_step_count=_RULES + 1,
+        database=None,  # what was found is kept as a case, which outlives versions of Hypothesis
+        print_blob=False,
+        deadline=None,
+        derandomize=False,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        suppress_health_check=tuple(HealthCheck),
+        verbosity=Verbosity.quiet,
+    )
+
+    @seed(from_seed)
+    class Asking(_Sequence):
+        def __init__(self) -> None:
+            super().__init__(ranks, ask)
+
+    run_state_machine_as_test(Asking, settings=chosen)
+
+
+class _Sequence(RuleBasedStateMachine):
+    """Builds a case and asks it at the end. `checkpoint` is what the next step begins with."""
+
+    def __init__(self, ranks: int, ask: Callable[[Case], None]) -> None:
+        super().__init__()
+        self.ask = ask
+        self.case = Case("FWD-1", "explored", ranks, {}, deadline=_DEADLINE)
+        self.checkpoint: dict[str, Any] = {}
+
+    @initialize(data=st.data(), layer=_LAYER)
+    def build(self, data: st.DataObject, layer: dict[str, Any]) -> None:
+        self.case = _built(self.case, layer, data.draw(_of_case(self.case.ranks)))
+
+    @rule(data=st.data())
+    def train(self, data: st.DataObject) -> None:
+        self._add(data, "train", _accepted)
+
+    @rule(data=st.data())
+    def evaluate(self, data: st.DataObject) -> None:
+        self._add(data, "eval", _accepted)
+
+    @rule(data=st.data())
+    def fail_in_training(self, data: st.DataObject) -> None:
+        self._add(data, "train", _refused)
+
+    @rule(data=st.data())
+    def fail_in_eval(self, data: st.DataObject) -> None:
+        self._add(data, "eval", _refused)
+
+    @rule(data=st.data())
+    def reload(self, data: st.DataObject) -> None:
+        """Into the same groups, or into others."""
+        kind, labels = data.draw(
+            st.tuples(st.sampled_from(("none", "reload", "groups")), _labels(self.case.ranks))
+        )
+        if kind == "groups" and not self.case.ddp:
+            self.checkpoint = {"groups": _grouped(_members(self.case), labels)}
+        elif kind != "none":
+            self.checkpoint = {"reload": True}
+
+    def teardown(self) -> None:
+        drawn_to_the_end = sys.exc_info()[0] is None
+        if drawn_to_the_end and self.case.steps:
+            self.ask(replace(self.case, checks=_applying(self.case)))
+
+    def _add(
+        self, data: st.DataObject, mode: str, finish: Callable[[Case, Step, Choices], Step]
+    ) -> None:
+        drawn = data.draw(_of_step(self.case.ranks))
+        if drawn["kept"]:
+            step = _shaped(self.case, Step((), mode, **self.checkpoint), drawn)
+            step = finish(self.case, step, drawn)
+            self.case = replace(self.case, steps=(*self.case.steps, step))
+            self.checkpoint = {}
+
+
+@functools.cache
+def _of_case(ranks: int) -> st.SearchStrategy[Choices]:
+    return st.fixed_dictionaries(
+        {
+            "grouped": st.booleans(),
+            "labels": _labels(ranks),
+            "outside": _some(ranks),
+            "state": _ANY,
+            "seed": _ANY,
+            "extras": _extras("ddp", "outside", "repeatable", "collectives"),
+        }
+    )
+
+
+@functools.cache
+def _of_step(ranks: int) -> st.SearchStrategy[Choices]:
+    size = st.sampled_from((2, 1, 3, 4, 5, 7, 2, 3, 33, 129, 2049))
+    return st.fixed_dictionaries(
+        {
+            "kept": st.sampled_from((False,) + (True,) * 9),
+            "batches": _each(ranks, st.sampled_from((2, 1, 3, 0, 5, 8, 16))),
+            "spatial": _each(ranks, st.lists(size, max_size=4).map(tuple)),
+            "inputs": _each(ranks, _ANY),
+            "layout": _each(ranks, _LAYOUTS),
+            "dy_layout": _each(ranks, _LAYOUTS),
+            "backward": st.sampled_from((True, False)),
+            "ratio": _ANY,
+            "scale": _ANY,
+            "extras": _extras(
+                *("constant", "flat", "shared", "poison", "dy_zero_sum", "paired"),
+                *("frozen", "present", "repeat", "recompute", "beside"),
+            ),
+            "poison": st.tuples(_ANY, st.sampled_from(("nan", "inf"))),
+            "frozen_input": _some(ranks),
+            "frozen_parameters": _some(ranks),
+            "fault": st.sampled_from([*_FAULTS]),
+            "ranks": _some(ranks),
+        }
+    )
+
+
+def _each(ranks: int, values: st.SearchStrategy[T]) -> st.SearchStrategy[tuple[T, ...]]:
+    """One value for all ranks, or one each."""
+    drawn = st.tuples(st.booleans(), st.tuples(*[values] * ranks))
+    return drawn.map(lambda pair: pair[1] if pair[0] else pair[1][:1] * ranks)
+
+
+def _some(ranks: int) -> st.SearchStrategy[set[int]]:
+    """Any ranks, or none."""
+    bits = st.integers(0, 2**ranks - 1)
+    return bits.map(lambda drawn: {rank for rank in range(ranks) if drawn >> rank & 1})
+
+
+def _labels(ranks: int) -> st.SearchStrategy[tuple[int, ...]]:
+    return st.tuples(*[st.integers(0, ranks - 1)] * ranks)
+
+
+def _extras(*names: str) -> st.SearchStrategy[list[str]]:
+    """What is out of the ordinary, a few things at a time."""
+    return st.lists(st.sampled_from(names), max_size=3)
+
+
+def _built(case: Case, layer: dict[str, Any], drawn: Choices) -> Case:
+    """The case with a layer, its groups and the state that it starts in."""
+    layer = {name: v for name, v in layer.items() if name not in _DEFAULTS or v != _DEFAULTS[name]}
+    case = replace(case, layer=layer, seed=drawn["seed"] % 100)
+    everyone = set(range(case.ranks))
+    outside = drawn["outside"] if "outside" in drawn["extras"] else set()
+    members = sorted(everyone - outside or everyone)
+    groups = _grouped(members, drawn["labels"]) if drawn["grouped"] else None
+    # Beside eps = 0, what is undefined could not be told from what is asked for.
+    states = ("random", "initial", "negative") if case.eps else ("random", "initial")
+    return replace(
+        case,
+        groups=groups,
+        state=_pick(states, drawn["state"]),
+        # Gradients in float16 that overflow before they are averaged would go unseen.
+        ddp="ddp" in drawn["extras"]
+        and (groups is None and case.affine and case.parameter_dtype != "float16"),
+        checks=tuple({"repeatable", "collectives"}.intersection(drawn["extras"])),
+    )
+
+
+def _shaped(case: Case, step: Step, drawn: Choices) -> Step:
+    """The step with shapes and dtypes. The ranks of a group have one dtype, as the reference."""
+    inputs = list(drawn["inputs"])
+    for group in _groups(case, step):
+        for rank in group:
+            inputs[rank] = inputs[group[0]]
+    dtypes = tuple(_pick(_INPUTS[case.parameter_dtype], index) for index in inputs)
+    shapes = []
+    for batch, spatial in zip(drawn["batches"], drawn["spatial"], strict=True):
+        while case.num_features * math.prod(spatial) > _LARGEST_IMAGE:
+            spatial = spatial[:-1]
+        shapes.append((batch, case.num_features, *spatial))
+    return replace(
+        step, shapes=tuple(shapes), dtype=_one_or_each(dtypes), backward=drawn["backward"]
+    )
+
+
+def _accepted(case: Case, step: Step, drawn: Choices) -> Step:
+    """The step with inputs that every rank accepts."""
+    extras = drawn["extras"]
+    step = replace(
+        step,
+        layout=_one_or_each(drawn["layout"]),
+        dy_layout=_one_or_each(drawn["dy_layout"]),
+        dy_zero_sum="dy_zero_sum" in extras,
+        paired="paired" in extras and all(shape[0] % 2 == 0 for shape in step.shapes),
+    )
+    step = replace(step, x=_data(case, step, drawn))
+    # A rank that is absent does not come into new groups.
+    present = drawn["ranks"].intersection(_members(case)) if "present" in extras else set()
+    if present and step.mode == "eval" and not step.groups and not case.ddp:
+        step = replace(step, present=tuple(sorted(present)))
+    if step.backward and "frozen" in extras:
+        step = _frozen(case, step, drawn)
+    step = _expecting(case, step)
+    if step.error:
+        return step
+    return replace(
+        step,
+        repeat=1 + extras.count("repeat"),
+        recompute="recompute" in extras and step.backward and not case.ddp,
+        beside="beside" in extras and step.mode == "train",
+    )
+
+
+def _refused(case: Case, step: Step, drawn: Choices) -> Step:
+    """The step with inputs that some ranks must refuse; in eval all, for none hears of others."""
+    members = _members(case)
+    some = sorted(drawn["ranks"].intersection(members))
+    refusing = some if some and step.mode == "train" else members
+    if drawn["fault"] == "integers":
+        dtypes = tuple("int64" if r in refusing else step.dtype_of(r) for r in range(case.ranks))
+        return _expecting(case, replace(step, dtype=_one_or_each(dtypes)), refusing, "Exception")
+    fault = _FAULTS[drawn["fault"]]
+    shapes = tuple(fault(s) if r in refusing else s for r, s in enumerate(step.shapes))
+    return _expecting(case, replace(step, shapes=shapes), refusing)
+
+
+def _data(case: Case, step: Step, drawn: Choices) -> Data:
+    half = any(step.dtype_of(rank) in _HALVES for rank in range(case.ranks))
+    ratios = (0.0, 1.0, 30.0) if half else (0.0, 1.0, 30.0, 1e3, 1e5)
+    scales = (1.0, 0.01, 100.0) if half else (1.0, 1e-3, 1e3, 1e-9, 1e9, 1e-18, 1e18)
+    extras = drawn["extras"]
+    return Data(
+        ratio=_pick(ratios, drawn["ratio"]),
+        scale=_pick(scales, drawn["scale"]),
+        constant="constant" in extras and case.eps > 0,
+        flat=(case.num_features - 1,) if "flat" in extras else (),
+        shared="shared" in extras and len({shape[1:] for shape in step.shapes}) == 1,
+        poison=_poison(case, step, *drawn["poison"]) if "poison" in extras else (),
+    )
+
+
+def _poison(case: Case, step: Step, at: int, value: str) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """One value, and not in a tensor whose images share their memory."""
+    filled = [rank for rank, shape in enumerate(step.shapes) if shape[0]]
+    separate = [rank for rank in filled if step.layout_of(rank) != "expanded"]
+    if not case.eps or not separate:
+        return ()
+    rank = _pick(separate, at)
+    place = np.unravel_index(at % math.prod(step.shapes[rank]), step.shapes[rank])
+    return (((rank, *map(int, place)), value),)
+
+
+def _frozen(case: Case, step: Step, drawn: Choices) -> Step:
+    """Inputs and parameters frozen on some ranks; no backward is left with nothing at all to do.
+
+    Data parallelism goes by what was frozen before it wrapped the layer.
+    """
+    members = set(_members(case))
+    inputs = drawn["frozen_input"] & members
+    parameters = set() if case.ddp else drawn["frozen_parameters"] & members
+    idle = inputs & parameters if case.affine else inputs
+    for together in _groups(case, step) if step.mode == "train" else ((rank,) for rank in members):
+        if idle.issuperset(together):
+            inputs = inputs.difference(together)
+    return replace(
+        step, frozen_input=tuple(sorted(inputs)), frozen_parameters=tuple(sorted(parameters))
+    )
+
+
+def _expecting(
+    case: Case, step: Step, refusing: Sequence[int] = (), kind: str = "ValueError"
+) -> Step:
+    """The step, with the errors that the contract wants: ERR-6 or ERR-9, ERR-7, GRAD-4."""
+    single: set[int] = set()
+    for group in _groups(case, step) if step.mode == "train" else ():
+        if not set(group) & set(refusing) and sum(_values(step.shapes[r]) for r in group) == 1:
+            single.update(group)
+    idle = set(step.frozen_input)
+    if case.affine:
+        idle &= set(step.frozen_parameters)
+    if at_fault := {*refusing, *single, *idle}:
+        error = ExpectedError("Exception" if idle else kind, tuple(sorted(at_fault)))
+        return replace(step, error=error)
+    return step
+
+
+def _applying(case: Case) -> tuple[str, ...]:
+    """All checks that apply to the case, of the slow ones those that it has already."""
+    steps = case.steps
+    groups = [group for i in range(len(steps)) for group in case.groups_at(i) or ()]
+    plain = not any(s.recompute or s.beside or s.frozen_input for s in steps) and not case.ddp
+    applies = {
+        "initial_values": case.state == "initial",
+        # Ranks that were in other groups before have other statistics.
+        "ranks_agree": not any(step.groups or step.present for step in steps),
+        "grad_format": all(step.backward and not step.frozen_input for step in steps),
+        "repeatable": "repeatable" in case.checks,
+        "collectives": "collectives" in case.checks and plain and all(len(g) > 1 for g in groups),
+    }
+    return (*_CHECKS, *(check for check, does in applies.items() if does))
+
+
+def _members(case: Case) -> list[int]:
+    """The ranks that are in a group; they are so in every step."""
+    return [rank for rank in range(case.ranks) if case.group_of(rank) is not None]
+
+
+def _groups(case: Case, step: Step) -> Groups:
+    """Of the next step of the case."""
+    everyone = (tuple(range(case.ranks)),)
+    return step.groups or case.groups_at(len(case.steps) - 1) or everyone
+
+
+def _grouped(members: Sequence[int], labels: Sequence[int]) -> Groups:
+    """Those ranks together that have the same label."""
+    by_label = {
+        labels[rank]: tuple(r for r in members if labels[r] == labels[rank]) for rank in members
+    }
+    return tuple(by_label.values())
+
+
+def _values(shape: tuple[int, ...]) -> int:
+    """Per channel."""
+    return shape[0] * math.prod(shape[2:])
+
+
+def _pick(options: Sequence[T], index: int) -> T:
+    return options[index % len(options)]
+
+
+def _one_or_each(values: tuple[str, ...]) -> str | tuple[str, ...]:
+    """As a Step has it: one value if all ranks have the same."""
+    return values[0] if len(set(values)) == 1 else values
