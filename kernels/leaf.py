@@ -196,7 +196,7 @@ def stats(
             shift += _sum(sums, COLUMNS, BLOCK_R, BLOCK) / count
             var += _sum(squares * (64.0 / count), COLUMNS, BLOCK_R, BLOCK)
         mean = _corrected(mean, shift)
-        var -= shift * shift
+        var = tl.where(var < float("inf"), var - shift * shift, var)  # infinity stays what it is
         var = tl.where(var < 0, 0.0, var)  # not maximum, which would drop a NaN
         index, channel_mask = _channels(block, C, COLUMNS, BLOCK)
         _store(mean_ptr + part * C, index, channel_mask, mean, COLUMNS, BLOCK)
