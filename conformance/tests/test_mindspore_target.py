@@ -183,7 +183,7 @@ class TestOperator:
 
     @pytest.mark.parametrize("clause", ["FWD-1", "FWD-3", "FWD-7", "STAT-2", "NUM-4"])
     def test_passes(self, operator: RankPool, clause: str) -> None:
-        cases = [one for one in catalogue(2) if one.clause == clause]
+        cases = [one for one in catalogue(2, "certify") if one.clause == clause]
         found = {one.title: runner.run_case(operator, one).verdict.message for one in cases}
         assert found == dict.fromkeys(found)
 
