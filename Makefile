@@ -53,6 +53,10 @@ mutants: $(READY) ## put the suite to layers with planted faults, all of which i
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
 	@! $(HAS_MINDSPORE) || $(RUN) -m conformance mutants --framework mindspore --declared --seeds 1
 
+.PHONY: study
+study: $(READY) ## calibrate the bound on sound and unsound layers and write docs/tolerances.md
+	$(RUN) -m conformance study
+
 .PHONY: findings
 findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-conformance.md
 	for ranks in 4 1; do $(RUN) -m conformance run --target mindspore.mint --ranks $$ranks \

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import reports
-from conformance import explore, failures, must_pass, runner, targets
+from conformance import explore, failures, must_pass, runner, study, targets
 from conformance.case import Case, CaseError, load
 from conformance.cases import PROFILES, catalogue
 from conformance.clauses import CLAUSES
@@ -40,6 +40,7 @@ _BAD_INPUT = (
     reports.ReportError,
     explore.ExploreError,
     failures.RegistryError,
+    study.StudyError,
 )
 
 
@@ -194,6 +195,11 @@ def _failures(options: argparse.Namespace) -> int:
     return 0
 
 
+def _study(options: argparse.Namespace) -> int:
+    _make_directory(options.out.parent)
+    return study.main(options.ranks, options.profile, options.out, options.document, _output())
+
+
 def _freeze(_: argparse.Namespace) -> int:
     must_pass.freeze()
     numbers = ", ".join(map(str, must_pass.RANKS))
@@ -258,8 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     def add_ranks(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--ranks", type=_positive, default=4, help="default 4")
 
-    def add_profile(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--profile", default="certify", choices=PROFILES, help="default certify")
+    def add_profile(sub: argparse.ArgumentParser, default: str = "certify") -> None:
+        help = f"default {default}"
+        sub.add_argument("--profile", default=default, choices=PROFILES, help=help)
 
     run = add("run", _run, "Judge a target, clause by clause.")
     for more in (add_target, add_ranks, add_profile):
@@ -309,6 +316,11 @@ def _parser() -> argparse.ArgumentParser:
         add_profile(judging)
     known = add("failures", _failures, "Write which cases ask about which known failure.")
     known.add_argument("--out", type=Path, default=Path("docs/failure-modes.md"))
+    calibration = add("study", _study, "Calibrate the bound: sound and unsound layers, same data.")
+    add_ranks(calibration)
+    add_profile(calibration, "full")
+    calibration.add_argument("--out", type=Path, default=_OUT / "study.json")
+    calibration.add_argument("--document", type=Path, default=Path("docs/tolerances.md"))
     add("freeze", _freeze, "Write the must-pass lists of all profiles from the cases there are.")
     return parser
 

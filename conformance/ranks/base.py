@@ -22,6 +22,8 @@ import numpy.typing as npt
 from conformance import data
 from conformance.case import Case, Step
 
+NO_FLOAT64 = "Ascend and its kernels have no float64"
+
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
 

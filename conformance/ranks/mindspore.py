@@ -27,7 +27,7 @@ from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_hand
 
 from conformance.case import Case, Step
 from conformance.ranks import substitutes
-from conformance.ranks.base import FrameworkRank
+from conformance.ranks.base import NO_FLOAT64, FrameworkRank
 
 T = TypeVar("T")
 
@@ -60,6 +60,7 @@ class MindSporeRank(FrameworkRank):
         ms.runtime.launch_blocking()  # or an error shows at a later, innocent operation
         ms.set_context(mode=_MODES[target["mode"]])
         self.mode = target["mode"]
+        self.kernels_of_ascend = target["backend"] == "aclnn"
         if target["rung"] == "substituted":
             substitutes.install()
         super().__init__(target, rank, ranks, ms)
@@ -123,6 +124,8 @@ class MindSporeRank(FrameworkRank):
         for dtype in _FLOATING:
             if dtype in case.dtypes and (reason := _lacks(dtype)):
                 return f"MindSpore {ms.__version__} has no {dtype} on {self.platform}: {reason}"
+        if self.kernels_of_ascend and "float64" in case.dtypes:
+            return NO_FLOAT64
         if case.ddp:
             return "the suite has no data parallelism of MindSpore, which has none on CPU"
         if self.mode == "graph" and any(step.recompute for step in case.steps):

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conformance.case import Case, Step
 from conformance.ranks import aclnn
-from conformance.ranks.base import FrameworkRank
+from conformance.ranks.base import NO_FLOAT64, FrameworkRank
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ class TorchRank(FrameworkRank):
 
     def missing(self, case: Case) -> str | None:
         if self.no_float64 and "float64" in case.dtypes:
-            return "Ascend and its kernels have no float64"
+            return NO_FLOAT64
         return None
 
     def is_channels_last(self, tensor: Tensor) -> bool:

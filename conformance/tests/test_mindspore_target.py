@@ -156,6 +156,14 @@ class TestAnswers:
         assert refused.verdict == "fail"
         assert "raised TypeError: input must not be float16" in str(refused.message)
 
+    def test_kernels_of_ascend_are_not_asked_for_float64(self) -> None:
+        step = dataclasses.replace(EVEN, dtype="float64")
+        one = dataclasses.replace(case(step), layer={"num_features": 3, "dtype": "float64"})
+        with RankPool(targets.parse("syncbn.mindspore", backend="aclnn"), 2) as pool:
+            found = runner.run_case(pool, one).verdict
+        assert found.verdict == "unsupported"
+        assert str(found.message).endswith("no float64")
+
 
 @needs_mindspore
 class TestWorld:
