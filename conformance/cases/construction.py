@@ -64,7 +64,7 @@ def wrong_num_features(ranks: int) -> Iterator[Draft]:
 
 @asks("ERR-2")
 def wrong_eps(ranks: int) -> Iterator[Draft]:
-    for value in (1, "1e-5", None, True):
+    for value in (1, "1e-5", "small", None, True):
         yield _refused("TypeError", eps=value)
 
 

@@ -59,6 +59,9 @@ def failing_together(ranks: int) -> Iterator[Draft]:
     integers = tuple("int64" if rank == 1 else "float32" for rank in range(ranks))
     bad = Step(good.shapes, dtype=integers, error=ExpectedError("TypeError", (1,)))
     yield case("rank 1 has integers", bad, good, checks=("y", *MOVED))
+    # Without parameters there is nothing whose dtype an input would have to match.
+    title, layer = "rank 1 has integers, affine=False", {"affine": False}
+    yield case(title, bad, good, layer=layer, checks=("y", *MOVED))
     if ranks > 3:
         halves = (tuple(range(ranks // 2)), tuple(range(ranks // 2, ranks)))
         shapes = ((2, 2, 4), *good.shapes[1:])

@@ -36,6 +36,10 @@ def silent_eval(ranks: int) -> Iterator[Draft]:
             layer=layer,
             checks=("y", "collectives"),
         )
+    # Its variance is 0; only training on one value is an error (ERR-7).
+    one = Step(even(ranks, 1, 3), mode="eval", present=(0,))
+    layer = {"track_running_stats": False}
+    yield case("rank 0 alone, one value", one, layer=layer, checks=("y", *GRADIENTS))
 
 
 @asks("EVAL-3")
