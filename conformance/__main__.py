@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import reports
-from conformance import explore, failures, must_pass, runner, study, targets
+from conformance import explore, failures, markdown, must_pass, runner, study, targets
 from conformance.case import Case, CaseError, load
 from conformance.cases import PROFILES, catalogue
 from conformance.clauses import CLAUSES
 from conformance.mutants import lines
 from conformance.mutants import run as mutants
+from conformance.mutants.found import FRAMEWORKS
 from conformance.pool import RankPool
 from conformance.runner import Result
 from conformance.targets import TargetError
@@ -41,6 +42,7 @@ _BAD_INPUT = (
     explore.ExploreError,
     failures.RegistryError,
     study.StudyError,
+    markdown.PageError,
 )
 
 
@@ -167,7 +169,7 @@ def _explore(options: argparse.Namespace) -> int:
 
 
 def _mutants(options: argparse.Namespace) -> int:
-    frameworks = options.framework or mutants.FRAMEWORKS
+    frameworks = options.framework or FRAMEWORKS
     _make_directory(options.out.parent)
     return mutants.main(
         frameworks,
@@ -177,6 +179,7 @@ def _mutants(options: argparse.Namespace) -> int:
         options.declared,
         options.profile,
         options.out,
+        options.document,
         _output(),
     )
 
@@ -302,10 +305,11 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--seed", type=int, help="of the first batch of cases (default random)")
     wrong = add("mutants", _mutants, "Judge the suite: it must find every planted fault.")
     wrong.add_argument("mutant", nargs="*", help="names (default all)")
-    wrong.add_argument("--framework", action="append", choices=mutants.FRAMEWORKS)
+    wrong.add_argument("--framework", action="append", choices=FRAMEWORKS)
     wrong.add_argument("--seeds", type=_positive, default=3, help="default 3")
     wrong.add_argument("--declared", action="store_true", help="ask only where a mutant must die")
     wrong.add_argument("--out", type=Path, default=_OUT / "mutants.json")
+    wrong.add_argument("--document", type=Path, help="a page to put the table into (default none)")
     changed = add("lines", _lines, "Judge the suite: change lines of syncbn.torch at random.")
     changed.add_argument("--count", type=_positive, default=20, help="default 20")
     changed.add_argument("--seed", type=int, default=0, help="default 0")

@@ -10,36 +10,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from conformance import targets, verdict
 from conformance.case import Case
 from conformance.cases import catalogue
 from conformance.clauses import CLAUSES
 from conformance.expected import Expectations, expect
-from conformance.mutants import CONTROL, MUTANTS
+from conformance.mutants import CONTROL, MUTANTS, show
+from conformance.mutants.found import FRAMEWORKS, MARKS, NOTHING, Found, Row
 from conformance.pool import RankPool
 from conformance.targets import TargetError
-
-FRAMEWORKS = ("torch", "mindspore")
-
-# What came of a mutant in a clause, weakest first. A kill is one of KILLS: an exception alone may
-# be any layer's, and a crash anybody's.
-MARKS = {
-    ".": "passed",
-    "-": "not asked",
-    "r": "only raised",
-    "c": "crash",
-    "h": "hang",
-    "X": "killed",
-}
-KILLS = ("h", "X")
 
 # What takes longer than this, and many times longer than the control, hangs.
 _HANG_SECONDS = 3.0
@@ -47,48 +32,6 @@ _HANG_FACTOR = 20.0
 _TRIES = 3
 
 _SEEDS_APART = 1000
-
-
-class Found(NamedTuple):
-    """What came of a mutant in a clause with one seed: a mark, and the case that decided it."""
-
-    mark: str
-    case: Case | None = None
-    message: str | None = None
-
-
-NOTHING = Found("-")
-
-
-@dataclass
-class Row:
-    """A mutant, or the control, and what came of it by clause and seed."""
-
-    mutant: str
-    framework: str
-    dies_in: tuple[str, ...]
-    found: dict[tuple[str, int], Found] = field(default_factory=dict)
-
-    @property
-    def wrong(self) -> list[tuple[str, int]]:
-        """Where a mutant was not killed and should have been, or the control did not pass."""
-        if self.mutant == CONTROL:
-            return [at for at, found in self.found.items() if found.mark != "."]
-        seeds = sorted({seed for _, seed in self.found})
-        return [
-            (clause, seed)
-            for seed in seeds
-            for clause in self.dies_in
-            if not self.killed(clause, seed)
-        ]
-
-    def killed(self, clause: str, seed: int) -> bool:
-        return self.found.get((clause, seed), NOTHING).mark in KILLS
-
-    def mark(self, clause: str) -> str:
-        """The weakest mark of all seeds, or nothing if the clause was not asked."""
-        marks = [found.mark for (name, _), found in self.found.items() if name == clause]
-        return min(marks, key=list(MARKS).index, default="")
 
 
 Progress: TypeAlias = Callable[[Row, str, int], None]  # who was asked, in which clause and seed
@@ -242,75 +185,6 @@ def _is_slow(case: Case) -> bool:
     return case.deadline > Case.deadline
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Mutant x clause."""
-    asked = [clause for clause in CLAUSES if any(row.mark(clause) for row in rows)]
-    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    shown.add_column("mutant", vertical="bottom", no_wrap=True)
-    for clause in asked:
-        shown.add_column("\n".join(clause), width=1, vertical="bottom")
-    for row in rows:
-        marks = (_colored(row, clause) for clause in asked)
-        shown.add_row(Text(row.mutant, style="bold red" if row.wrong else ""), *marks)
-    return shown
-
-
-def _colored(row: Row, clause: str) -> Text:
-    declared = clause in row.dies_in
-    mark = row.mark(clause)
-    bad = any(at == clause for at, _ in row.wrong)
-    return Text(mark, style="bold red" if bad else "bold green" if declared else "dim")
-
-
-def summary(rows: Sequence[Row]) -> list[str]:
-    """How many were killed in each framework, and every one that was not as it should be."""
-    lines = []
-    for framework in FRAMEWORKS:
-        mine = [row for row in rows if row.framework == framework and row.mutant != CONTROL]
-        if mine:
-            dead = sum(not row.wrong for row in mine)
-            lines.append(f"{framework}: {dead} of {len(mine)} mutants killed")
-    for row in rows:
-        for clause, seed in row.wrong:
-            found = row.found.get((clause, seed), NOTHING)
-            what = "CONTROL FAILS" if row.mutant == CONTROL else "SURVIVES"
-            detail = f": {found.message}" if found.message else ""
-            lines.append(
-                f"{what} {row.framework} {row.mutant}, {clause}, seed {seed}: "
-                f"{MARKS[found.mark]}{detail}"
-            )
-    return lines
-
-
-def document(rows: Sequence[Row], ranks: int, seeds: Sequence[int], seconds: float) -> Any:
-    """The rows as JSON values."""
-    return {
-        "ranks": ranks,
-        "seeds": list(seeds),
-        "seconds": round(seconds, 1),
-        "mutants": [
-            {
-                "name": row.mutant,
-                "framework": row.framework,
-                "fault": None if row.mutant == CONTROL else MUTANTS[row.mutant].__doc__,
-                "dies_in": list(row.dies_in),
-                "as_declared": not row.wrong,
-                "found": [
-                    {
-                        "clause": clause,
-                        "seed": seed,
-                        "result": MARKS[found.mark],
-                        "case": found.case.id if found.case else None,
-                        "message": found.message,
-                    }
-                    for (clause, seed), found in row.found.items()
-                ],
-            }
-            for row in rows
-        ],
-    }
-
-
 def main(
     frameworks: Sequence[str],
     names: Sequence[str],
@@ -319,9 +193,10 @@ def main(
     only_declared: bool,
     profile: str,
     out: Path | None,
+    page: Path | None,
     console: Console,
 ) -> int:
-    """Run, print the table, and write the document to `out`.
+    """Run, print the table, write the document to `out` and the table into `page`.
 
     names: of mutants; none are all of them.
 
@@ -330,6 +205,7 @@ def main(
 
     Raises:
         TargetError: there is no mutant or framework of that name.
+        PageError: the page has no place for the table.
     """
     for what, known, given in (
         ("framework", FRAMEWORKS, frameworks),
@@ -350,12 +226,14 @@ def main(
     seconds = time.monotonic() - start
     for framework in frameworks:
         console.print(f"\n{framework}, {ranks} ranks, {seeds} seeds", highlight=False)
-        console.print(table([row for row in rows if row.framework == framework]))
+        console.print(show.table([row for row in rows if row.framework == framework]))
     console.print(", ".join(f"{mark} {meaning}" for mark, meaning in MARKS.items()))
-    for line in summary(rows):
+    for line in show.summary(rows):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"{seconds:.0f} s", highlight=False)
     if out:
-        text = json.dumps(document(rows, ranks, list(range(seeds)), seconds), indent=1)
+        text = json.dumps(show.document(rows, ranks, list(range(seeds)), seconds), indent=1)
         out.write_text(text + "\n")
+    if page:
+        show.fill(rows, ranks, seeds, page)
     return 1 if any(row.wrong for row in rows) else 0

@@ -37,7 +37,8 @@ def main(ranks: int, profile: str, out: Path, document: Path, console: Console) 
         over it wherever its fault must show.
 
     Raises:
-        StudyError: matplotlib is not installed, or what the document says it has no place for.
+        StudyError: matplotlib is not installed.
+        PageError: the document has no place for a table.
         TargetError: a layer cannot be loaded.
     """
     plots.require_matplotlib()

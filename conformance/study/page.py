@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from conformance import markdown
 from conformance.study.collect import (
     FAILED,
     QUANTITIES,
@@ -16,7 +16,6 @@ from conformance.study.collect import (
     Implementation,
     Measured,
     Study,
-    StudyError,
 )
 from conformance.study.measures import RMS_LIMIT
 from conformance.verdict import THRESHOLD
@@ -92,24 +91,13 @@ FAMILIES = (
 
 
 def write(study: Study, page: Path) -> None:
-    """Put the tables into the page, each between `<!-- study: NAME -->` and `<!-- end -->`.
+    """Put the tables into the page.
 
     Raises:
-        StudyError: the page has no such place for a table, or one for a table that there is not.
+        PageError: the page has no place for one of them.
     """
-    text = page.read_text(encoding="utf-8")
-    tables = {table.__name__: table for table in (asked, layers, gap, families, cann)}
-    places = re.findall(r"<!-- study: (\w+) -->", text)
-    if sorted(places) != sorted(tables):
-        raise StudyError(
-            f"{page.name} must have one place for each of {', '.join(tables)}, got "
-            f"{', '.join(places) or 'none'}"
-        )
-    for name, table in tables.items():
-        start, end = f"<!-- study: {name} -->\n", "<!-- end -->"
-        before, _, rest = text.partition(start)
-        text = f"{before}{start}{table(study)}\n{end}{rest.partition(end)[2]}"
-    page.write_text(text, encoding="utf-8")
+    made = (asked, layers, gap, families, cann)
+    markdown.fill(page, {table.__name__: table(study) for table in made})
 
 
 def wrong(study: Study) -> list[str]:
@@ -155,7 +143,7 @@ def layers(study: Study) -> str:
             ratios[_family(study.cases[id]).of_halves].append(found.ratio)
         cells = [cell for of in ratios.values() for cell in _of_layer(of)]
         rows.append((one.name, "sound" if one.sound else "unsound", *cells))
-    return _table(header, rows, right=range(2, len(header)))
+    return markdown.table(header, rows, right=range(2, len(header)))
 
 
 def gap(study: Study) -> str:
@@ -209,7 +197,7 @@ def families(study: Study) -> str:
             cell = f"**{_number(ratio)}**" if ratio > THRESHOLD else _number(ratio)
             cells.append(f"{cell} †" if one.name in family.shows else cell)
         rows.append((family.name, str(size), _number(largest[0]), largest[1], *cells))
-    return _table(header, rows, right=(1, 2, *range(4, len(header))))
+    return markdown.table(header, rows, right=(1, 2, *range(4, len(header))))
 
 
 def cann(study: Study) -> str:
@@ -235,7 +223,8 @@ def cann(study: Study) -> str:
                 cells.append(f"{count} (misses {missed})" if missed else count)
             kind = "sound" if one.sound else "unsound"
             rows.append((one.name, kind, str(len(found)), str(len(bad)), *cells))
-        parts.append(f"`{quantity}`:\n\n{_table(header, rows, right=range(2, 4 + len(_OF_CANN)))}")
+        table = markdown.table(header, rows, right=range(2, 4 + len(_OF_CANN)))
+        parts.append(f"`{quantity}`:\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -259,12 +248,6 @@ def _by_family(study: Study, one: Implementation) -> dict[Family, Measured]:
         if family not in worst or found.ratio > worst[family].ratio:
             worst[family] = found
     return worst
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> str:
-    columns = set(right)
-    rule = ["--:" if place in columns else "---" for place in range(len(header))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
 
 
 def _number(ratio: float) -> str:

@@ -18,8 +18,9 @@ from conformance.case import Case
 from conformance.cases import catalogue
 from conformance.clauses import CLAUSES
 from conformance.failures import SOURCE
-from conformance.mutants import CONTROL, MUTANTS, algorithm, run
+from conformance.mutants import CONTROL, MUTANTS, algorithm, run, show
 from conformance.mutants.faults import Fault
+from conformance.mutants.found import FRAMEWORKS, Row
 from conformance.mutants.layer import Plain
 from conformance.pool import Outcome, RankPool
 from conformance.targets import Target, TargetError
@@ -27,6 +28,7 @@ from conformance.wire import Message
 
 ROOT = Path(__file__).parents[2]
 STEPS = {name for name, value in vars(Plain).items() if callable(value)}
+PLACES = ("summary", "mutants")
 FLAGS = {"keeps_dtype", "keeps_format", "keeps_gradient_format"}
 
 
@@ -53,7 +55,7 @@ def test_a_mutant_dies_in_clauses_that_have_cases(mutant: type[Fault]) -> None:
     for clause in mutant.dies_in:
         assert CLAUSES[clause].not_run is None
     assert mutant.frameworks
-    assert set(mutant.frameworks) <= set(run.FRAMEWORKS)
+    assert set(mutant.frameworks) <= set(FRAMEWORKS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values())
@@ -104,14 +106,14 @@ def test_a_mutant_is_killed_where_it_errs_and_survives_elsewhere(
     assert biased.killed("STAT-2", 0)
     assert biased.killed("STAT-2", 1)
     assert [biased.mark(clause) for clause in ("STAT-1", "STAT-2", "STAT-3")] == [".", "X", ""]
-    assert run.summary(rows) == [
+    assert show.summary(rows) == [
         f"{framework}: 1 of 2 mutants killed",
         f"SURVIVES {framework} BiasedRunningVar, STAT-1, seed 0: passed",
         f"SURVIVES {framework} BiasedRunningVar, STAT-1, seed 1: passed",
     ]
 
 
-def nobody(row: run.Row, clause: str, seed: int) -> None:
+def nobody(row: Row, clause: str, seed: int) -> None:
     pass
 
 
@@ -215,7 +217,7 @@ def test_a_case_that_the_control_does_not_pass_kills_nobody(ranks: type[FakePool
     control, row = run.run("torch", ["LocalCount"], 1, [0], True, "certify", nobody)
     assert row.wrong == [("ERR-3", 0)]
     assert control.wrong == [("ERR-3", 0)]
-    assert "CONTROL FAILS torch Plain, ERR-3, seed 0: killed" in run.summary([control, row])[1]
+    assert "CONTROL FAILS torch Plain, ERR-3, seed 0: killed" in show.summary([control, row])[1]
 
 
 def test_without_only_declared_the_first_seed_asks_everything(ranks: type[FakePool]) -> None:
@@ -230,11 +232,12 @@ def test_without_only_declared_the_first_seed_asks_everything(ranks: type[FakePo
 
 def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) -> None:
     ranks.answers["LocalCount"] = silent
-    out = tmp_path / "mutants.json"
+    out, page = tmp_path / "mutants.json", tmp_path / "page.md"
+    page.write_text("".join(f"<!-- made: {name} -->\n<!-- end -->\n" for name in PLACES))
     names = ["LocalCount", "EpsClamp"]
 
     def status(*chosen: str) -> int:
-        return run.main(["torch"], chosen, 1, 2, True, "certify", out, console)
+        return run.main(["torch"], chosen, 1, 2, True, "certify", out, page, console)
 
     with (tmp_path / "table.txt").open("w") as file:
         console = Console(file=file, width=120)
@@ -245,6 +248,13 @@ def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) ->
     assert "EpsClamp   ." in [line.strip() for line in lines]
     assert "torch: 1 of 2 mutants killed" in lines
     assert "SURVIVES torch EpsClamp, ERR-3, seed 0: passed" in lines
+    text = page.read_text()
+    assert "1 ranks, 2 seeds; torch: 1 of 2 mutants killed; SURVIVES torch EpsClamp" in text
+    assert "| mutant | what is wrong | source | killed in: torch |" in text
+    fault = "running_var is made unbiased with the rank's own count."
+    source = "pytorch/pytorch#22192; NVIDIA/apex#387"
+    assert f"| LocalCount | {fault} | {source} | **ERR-3** |" in text
+    assert text.count("SURVIVES |") == 1
     document = json.loads(out.read_text())
     assert [row["as_declared"] for row in document["mutants"]] == [True, True, False]
     dead = document["mutants"][1]
@@ -259,4 +269,4 @@ def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) ->
 )  # fmt: skip
 def test_unknown_names(frameworks: list[str], names: list[str], text: str) -> None:
     with pytest.raises(TargetError, match=text):
-        run.main(frameworks, names, 1, 1, True, "smoke", None, Console(quiet=True))
+        run.main(frameworks, names, 1, 1, True, "smoke", None, None, Console(quiet=True))

@@ -12,6 +12,7 @@ import pytest
 from conformance import study, targets
 from conformance.__main__ import main
 from conformance.cases import catalogue
+from conformance.markdown import PageError
 from conformance.mutants.layer import Alone, State
 from conformance.study import collect, measures, page, plots
 from conformance.study.collect import Asked, Implementation, Measured, Study, StudyError
@@ -19,7 +20,7 @@ from conformance.study.layers import Chains, Float64, Welford
 
 TARGET = targets.parse("syncbn.torch")
 PAGE = "Text.\n" + "".join(
-    f"\n<!-- study: {name} -->\nstale\n<!-- end -->\n"
+    f"\n<!-- made: {name} -->\nstale\n<!-- end -->\n"
     for name in ("asked", "layers", "gap", "families", "cann")
 )
 
@@ -272,7 +273,7 @@ def test_tables_replace_what_was_in_their_places(tmp_path: Path) -> None:
     text = document.read_text()
     assert text.startswith("Text.\n")
     assert "stale" not in text
-    assert f"<!-- study: layers -->\n{page.layers(fake())}\n<!-- end -->" in text
+    assert f"<!-- made: layers -->\n{page.layers(fake())}\n<!-- end -->" in text
     page.write(fake(), document)
     assert document.read_text() == text
 
@@ -281,7 +282,7 @@ def test_tables_replace_what_was_in_their_places(tmp_path: Path) -> None:
 def test_a_page_must_have_a_place_for_each_table(tmp_path: Path, text: str) -> None:
     document = tmp_path / "page.md"
     document.write_text(text)
-    with pytest.raises(StudyError, match=r"page\.md must have one place for each of"):
+    with pytest.raises(PageError, match=r"page\.md must have one place for each of"):
         page.write(fake(), document)
 
 
