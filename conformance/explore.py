@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from conformance.case import CHECKS, Case, Step
 from conformance.cases import REGRESSIONS
 from conformance.expected import Expectations, expect
 from conformance.pool import RankPool
-from conformance.verdict import Verdict, judge
+from conformance.verdict import THRESHOLD, Verdict, judge
 from reports.table import replay_command
 
 # Cases that share a seed. After so many, Hypothesis would begin to repeat itself in variations.
@@ -76,12 +76,14 @@ class Exploration:
 
     verdicts counts those of the cases; not-run are those that cannot be judged.
     drawn counts what the cases held, by subject and value. seed is that of the last batch.
+    left_out: why, by dtype, those that the target does not support.
     """
 
     seed: int
     seconds: float = 0.0
     verdicts: Counter[str] = field(default_factory=Counter)
     drawn: Counter[tuple[str, str]] = field(default_factory=Counter)
+    left_out: dict[str, str] = field(default_factory=dict)
     finding: Finding | None = None
 
 
@@ -119,11 +121,13 @@ def explore(
             f"Hypothesis draws the cases: pip install hypothesis ({error})"
         ) from error
     found = Exploration(secrets.randbelow(10**6) if seed is None else seed)
+    found.left_out = _unsupported(pool, sequences.DTYPES[1:])
+    dtypes = [dtype for dtype in sequences.DTYPES if dtype not in found.left_out]
     asker = _Asker(pool, found)
     start = time.monotonic()
     while True:
         try:
-            sequences.explore(pool.ranks, asker, found.seed, _BATCH)
+            sequences.explore(pool.ranks, asker, found.seed, _BATCH, dtypes)
         except (_Failed, _TimeIsOver):
             found.finding = _keep(pool, *asker.simplest, folder)
         found.seconds = time.monotonic() - start
@@ -142,6 +146,8 @@ def show(found: Exploration, pool: RankPool, console: Console) -> None:
     for subject in sorted({subject for subject, _ in found.drawn}):
         counts = [(value, n) for (its, value), n in found.drawn.most_common() if its == subject]
         line(f"{subject:<20}" + ", ".join(f"{value} {n}" for value, n in counts))
+    for dtype, reason in found.left_out.items():
+        line(f"left out: {dtype}, {reason}")
     cases = sum(found.verdicts.values())
     verdicts = ", ".join(f"{verdict} {n}" for verdict, n in found.verdicts.most_common())
     line(
@@ -157,6 +163,18 @@ def show(found: Exploration, pool: RankPool, console: Console) -> None:
         line(f"but {again.verdict} when it was run once more", "yellow")
     run = {"target": pool.target.document, "launcher": pool.launcher, "ranks": pool.ranks}
     line(replay_command(run, {"id": os.path.relpath(found.finding.path)}), "cyan")
+
+
+def _unsupported(pool: RankPool, dtypes: Sequence[str]) -> dict[str, str]:
+    """Why, by dtype, a layer of it with an input of it cannot be asked."""
+    reasons = {}
+    for dtype in dtypes:
+        step = Step(((2, 3),) * pool.ranks, mode="eval", dtype=dtype, backward=False)
+        case = Case("EVAL-1", dtype, pool.ranks, {"num_features": 3, "dtype": dtype}, (step,))
+        verdict = _ask(pool, case)
+        if verdict.verdict == "unsupported":
+            reasons[dtype] = verdict.message or ""
+    return reasons
 
 
 class _Asker:
@@ -221,7 +239,7 @@ def _ask(pool: RankPool, case: Case) -> Verdict:
 
 
 def _judgeable(case: Case, expected: Expectations) -> bool:
-    """Whether every result is a number that its dtype can hold, with a bound that says something.
+    """Whether every result is a number that its dtype can hold, wherever it is within its bound.
 
     A variance of 0 beside eps = 0, for one, leaves the contract. Where data are poisoned or a
     running variance is negative, numbers that are not finite are what is asked for.
@@ -237,7 +255,9 @@ def _judgeable(case: Case, expected: Expectations) -> bool:
                 value, bound = bounded
                 if poisoned:
                     bound, value = bound[np.isfinite(value)], value[np.isfinite(value)]
-                if not np.all((np.abs(value) <= _LARGEST[dtype]) & np.isfinite(bound)):
+                with np.errstate(over="ignore"):
+                    largest = np.abs(value) + THRESHOLD * bound
+                if not np.all(largest <= _LARGEST[dtype]):
                     return False
     return True
 

@@ -130,7 +130,7 @@ class MindSporeRank(FrameworkRank):
             return "the suite has no data parallelism of MindSpore, which has none on CPU"
         if self.mode == "graph" and any(step.recompute for step in case.steps):
             return "in a graph MindSpore recomputes operations, not the forward of a layer"
-        if self.mode == "graph" and any(_idles(step) for step in case.steps):
+        if self.mode == "graph" and any(_idles(case, step) for step in case.steps):
             return "a compiled forward does not know whether it will be differentiated"
         if self.platform != "CPU" and "collectives" in case.checks:
             return "collectives of MindSpore are counted on CPU only"
@@ -205,10 +205,13 @@ class MindSporeRank(FrameworkRank):
                     _prove(self.rank, ranks, group, nonce + turn)
 
 
-def _idles(step: Step) -> bool:
+def _idles(case: Case, step: Step) -> bool:
     """Whether a rank is at fault for having nothing to differentiate."""
     at_fault = step.error.ranks if step.error else ()
-    return any(step.backward and not any(step.wants_grad(rank)) for rank in at_fault)
+    idle = set(step.frozen_input)
+    if case.affine:
+        idle.intersection_update(step.frozen_parameters)
+    return step.backward and not idle.isdisjoint(at_fault)
 
 
 class _Loss(nn.Cell):

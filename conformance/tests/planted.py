@@ -19,7 +19,7 @@ class LocalCount(SyncBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         def own_count(mean: Tensor, var: Tensor, tracked: Any, momentum: Any, stats: Any) -> None:
-            local = torch.full_like(stats.n, input.numel() // input.shape[1])
+            local = torch.full_like(stats.n, max(input.numel() // input.shape[1], 1))
             n = torch.where(stats.n > 0, local, stats.n)
             update(mean, var, tracked, momentum, stats._replace(n=n))
 

@@ -118,6 +118,8 @@ def test_what_a_target_does_not_support_is_counted(
     found = explore.explore(unstarted, 0.0, 0, tmp_path)
     assert found.finding is None
     assert set(found.verdicts) == {"unsupported"}
+    assert found.left_out == dict.fromkeys(("float16", "bfloat16", "float64"), "no")
+    assert {dtype for subject, dtype in found.drawn if subject == "input"} <= {"float32", "int64"}
 
 
 def test_nobody_waits_twice_for_the_same_hang(
@@ -139,9 +141,9 @@ def test_the_search_for_a_simpler_case_ends_when_time_is_over(
     found = explore.explore(unstarted, 0.0, 0, tmp_path)
     assert found.finding is not None
     assert found.finding.verdict.verdict == "hang"
-    # The first to fail, the same without its checks, and that once more.
+    # Three dtypes; the first to fail, the same without its checks, and that once more.
     assert found.verdicts["hang"] == 1
-    assert len(asked) == sum(found.verdicts.values()) + 2
+    assert len(asked) == 3 + sum(found.verdicts.values()) + 2
 
 
 def test_results_that_cannot_be_judged_are_not_asked_for(unstarted: RankPool) -> None:
@@ -152,7 +154,9 @@ def test_results_that_cannot_be_judged_are_not_asked_for(unstarted: RankPool) ->
 
     constant = verdict({"eps": 0.0}, Data(constant=True))
     large = verdict({"dtype": "float16", "momentum": 1.0}, Data(scale=1e4), "float16")
-    assert constant.verdict == large.verdict == "not-run"
+    # All but 0 is rounding, and 1e12 of it may be beyond float16.
+    wide = verdict({"dtype": "float16", "eps": 1e-24}, Data(1e3, constant=True), "float16")
+    assert constant.verdict == large.verdict == wide.verdict == "not-run"
     assert unstarted.starts == 0
 
 
@@ -164,7 +168,9 @@ def test_what_is_shown(unstarted: RankPool) -> None:
 
     found = Exploration(5, 2.0, Counter({"pass": 3, "unsupported": 1}))
     found.drawn.update([("input", "float16"), ("input", "float32"), ("input", "float32")])
+    found.left_out = {"bfloat16": "there is none"}
     text = shown(found)
+    assert "left out: bfloat16, there is none\n" in text
     assert "input               float32 2, float16 1\n" in text
     assert "4 cases on 2 ranks in 2 s (2.0 a second), up to seed 5: pass 3, unsupported 1" in text
     assert "nothing found" in text

@@ -46,6 +46,7 @@ from conformance.tests.mindspore_layers import (
 )
 from reference import bounds, formulas
 from syncbn.mindspore import SyncBatchNorm, backends, create_group, groups
+from syncbn.mindspore import layer as layer_module
 from syncbn.mindspore.backends import aclnn, composed
 
 DTYPES = (ms.float16, ms.float32, ms.float64)
@@ -290,6 +291,20 @@ class TestValues:
         for seed in range(2 if mode == "pynative" else 1):
             x, dy = (randn(*shape, dtype=dtype, seed=s) for s in (seed, 9))
             assert_step(layer, x, dy, mode)
+
+    def test_momentum_near_one_beside_float32_statistics(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on Ascend. In float32, 1 - 0.999 has four digits left."""
+        monkeypatch.setattr(layer_module, "wide", lambda: ms.float32)
+        monkeypatch.setattr(layer_module, "number", lambda value: Tensor(value, ms.float32))
+        layer = make_layer(momentum=0.999)
+        before = {name: numpy_of(value) for name, value in state_of(layer).items()}
+        zeros = ops.zeros((3,), ms.float32)
+        layer._update_running(zeros, zeros, Tensor(8.0, ms.float32))
+        for name in ("running_mean", "running_var"):
+            got, expected = numpy_of(getattr(layer, name)), (1 - 0.999) * before[name]
+            np.testing.assert_allclose(got, expected, rtol=2.0**-22)
 
     @pytest.mark.parametrize("training", [True, False])
     def test_mean_far_above_deviation(self, training: bool) -> None:
@@ -585,9 +600,10 @@ class TestGroups:
 
     @pytest.mark.parametrize("mode", MODES)
     def test_float64_travels_in_three_words(self, mode: str) -> None:
-        """Exactly, from float32's largest numbers down; compiled code has no subnormals."""
-        values = np.random.default_rng(0).standard_normal(2000)
-        scales = np.ldexp(1.0, np.linspace(-60, 126, values.size).astype(int))
+        """Exactly, all over float32's normal numbers; compiled code has no others."""
+        values = np.random.default_rng(0).uniform(-2, 2, 2000)
+        values += np.sign(values)
+        scales = np.ldexp(1.0, np.linspace(-126, 125, values.size).astype(int))
         specials = [0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 2**53 - 1.0, 1 + 2**-52]
         sent = np.concatenate([values * scales, specials])
         received = forward(_Journey(), Tensor(sent, ms.float64), mode).asnumpy()

@@ -156,6 +156,18 @@ class TestAnswers:
         assert refused.verdict == "fail"
         assert "raised TypeError: input must not be float16" in str(refused.message)
 
+    @pytest.mark.parametrize("frozen", [{"frozen_parameters": (0,)}, {}])
+    def test_a_graph_is_not_asked_who_has_nothing_to_differentiate(
+        self, frozen: dict[str, Any]
+    ) -> None:
+        error = ExpectedError("RuntimeError", (0,))
+        one = case(dataclasses.replace(EVEN, frozen_input=(0,), error=error, **frozen))
+        one = dataclasses.replace(one, layer=one.layer | {"affine": bool(frozen)})
+        with RankPool(targets.parse("syncbn.mindspore", mode="graph"), 2) as pool:
+            found = runner.run_case(pool, one).verdict
+        assert found.verdict == "unsupported"
+        assert "does not know whether it will be differentiated" in str(found.message)
+
     def test_kernels_of_ascend_are_not_asked_for_float64(self) -> None:
         step = dataclasses.replace(EVEN, dtype="float64")
         one = dataclasses.replace(case(step), layer={"num_features": 3, "dtype": "float64"})

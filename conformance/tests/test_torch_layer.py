@@ -279,6 +279,22 @@ class TestComposed:
     def test_mean_far_above_deviation(self, shape: tuple[int, int, int]) -> None:
         self.check(1e4 + randn(*shape), randn(*shape, seed=1), torch.float32)
 
+    @pytest.mark.parametrize("shape", [(64, 3, 1), (200, 3, 7), (9, 3, 600)], ids=str)
+    @pytest.mark.parametrize("scale", [1e-18, 3e18], ids=str)
+    def test_scale(self, shape: tuple[int, int, int], scale: float) -> None:
+        """The sum of 64 squares of 3e18 is beyond float32, their mean is not."""
+        x = scale * randn(*shape)
+        exact = x.double().transpose(0, 1).flatten(1)
+        mean, var = composed.stats(x)
+        torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-5, atol=1e-6 * scale)
+        torch.testing.assert_close(var.double(), exact.var(1, correction=0), rtol=1e-5, atol=0.0)
+
+    def test_an_infinity_stays_in_its_channel(self) -> None:
+        x = randn(64, 3, 1)
+        x[5, 1] = torch.inf
+        mean, var = composed.stats(x)
+        assert mean.isfinite().tolist() == var.isfinite().tolist() == [True, False, True]
+
     def test_why_the_kernel_is_given_blocks(self) -> None:
         x = 1e4 + randn(100_000, 3)
         _, var = torch.batch_norm_update_stats(x, None, None, 0.0)
@@ -451,6 +467,16 @@ class TestTraining:
         layer = make_layer(momentum=momentum)
         for step in range(3):
             assert_step(layer, randn(5, 3, seed=step), randn(5, 3, seed=9))
+
+    def test_momentum_near_one_beside_float32_statistics(self) -> None:
+        """As on Ascend. In float32, 1 - 0.999 has four digits left."""
+        mean, var = torch.full((3,), 5.0), torch.full((3,), 7.0)
+        zeros, n = torch.zeros(3), torch.tensor(8.0)
+        stats = function.Statistics(zeros, zeros, zeros, n)
+        functional._update_running(mean, var, None, 0.999, stats)
+        for buffer, old in ((mean, 5.0), (var, 7.0)):
+            expected = torch.full((3,), (1 - 0.999) * old)
+            torch.testing.assert_close(buffer, expected, rtol=2.0**-22, atol=0.0)
 
     def test_without_tracking(self) -> None:
         assert_step(make_layer(track_running_stats=False), randn(5, 3), randn(5, 3, seed=1))
@@ -708,7 +734,7 @@ class TestAutograd:
         momentum: float | None,
         host_looks: bool,
     ) -> None:
-        for module in (function, functional):
+        for module in (function, functional, composed):
             monkeypatch.setattr(module, "host_may_look", lambda device: host_looks)
         if not host_looks:  # a peer without values; it has nothing to differentiate, unseen
             monkeypatch.setattr(

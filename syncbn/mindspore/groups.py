@@ -123,8 +123,8 @@ class Communicator(nn.Cell):
 
     On Ascend they are HCCL's. On CPU, MindSpore reduces only float16 and float32, and gathers
     only over the whole world: there a table that is 0 but for each rank's own row is added up,
-    and float64 goes in three float32 words, exactly but for what is beyond float32's range (in a
-    graph also for what is below its normal numbers).
+    and float64 goes in three float32 words, exactly but for what is beyond float32's normal
+    numbers.
     """
 
     def __init__(self, group: Group) -> None:
@@ -165,19 +165,22 @@ class Communicator(nn.Cell):
 
 
 def _split(values: Tensor) -> Tensor:
-    """float64 (M,) as float32 (3 M,), each word what the words before it leave."""
-    words = []
-    for _ in range(_WORDS):
-        word = values.astype(ms.float32)
-        words.append(word)
-        # Nothing is left of an infinity, or it would become NaN.
-        values = ops.where(ops.isfinite(word), values - word.astype(wide()), 0.0)
-    return ops.cat(words)
+    """float64 (M,) as float32 (3 M,): a word, and in two more what it leaves, relative to it."""
+    word = values.astype(ms.float32)
+    whole = word.astype(wide())
+    # Nothing is left of an infinity, or it would become NaN.
+    rest = ops.where(ops.isfinite(word), values - whole, 0.0)
+    rest = rest / ops.where(ops.equal(whole, 0.0), 1.0, whole)
+    second = rest.astype(ms.float32)
+    return ops.cat([word, second, (rest - second.astype(wide())).astype(ms.float32)])
 
 
 def _join(table: Tensor) -> Tensor:
     """The inverse of `_split` for each row: float32 (R, 3 M) as float64 (R, M)."""
-    return table.astype(wide()).reshape(table.shape[0], _WORDS, -1).sum(1)
+    words = table.astype(wide()).reshape(table.shape[0], _WORDS, -1)
+    word = words[:, 0]
+    rest = word * (words[:, 1] + words[:, 2])
+    return word + ops.where(ops.isfinite(word), rest, 0.0)
 
 
 def _member(ranks: tuple[int, ...], name: str) -> Group:

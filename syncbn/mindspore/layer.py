@@ -102,7 +102,9 @@ class SyncBatchNorm(nn.Cell):
         self.eps = eps
         self.momentum = None if momentum is None else float(momentum)
         self._eps = number(eps)
-        self._momentum = None if momentum is None else number(float(momentum))
+        if self.momentum is not None:
+            # Both from the host: in float32, 1 - 0.999 has four digits left.
+            self._kept, self._taken = number(1 - self.momentum), number(self.momentum)
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.process_group = process_group
@@ -172,16 +174,17 @@ class SyncBatchNorm(nn.Cell):
         count = self.num_batches_tracked + (n > 0).astype(ms.int64)
         ops.assign(self.num_batches_tracked, count)
         if self.momentum is None:
-            factor = 1 / ops.maximum(count, 1).astype(wide())
+            taken = 1 / ops.maximum(count, 1).astype(wide())
+            kept = 1 - taken
         else:
-            factor = self._momentum
+            kept, taken = self._kept, self._taken
         unbiased = var * (n / ops.maximum(n - 1, 1.0))
-        self._move(self.running_mean, mean, factor, n)
-        self._move(self.running_var, unbiased, factor, n)
+        self._move(self.running_mean, kept, mean * taken, n)
+        self._move(self.running_var, kept, unbiased * taken, n)
 
-    def _move(self, buffer: Parameter, batch: Tensor, factor: Tensor, n: Tensor) -> None:
+    def _move(self, buffer: Parameter, kept: Tensor, taken: Tensor, n: Tensor) -> None:
         old = buffer.astype(wide())
-        moved = ops.where(n > 0, (1 - factor) * old + factor * batch, old)
+        moved = ops.where(n > 0, kept * old + taken, old)
         ops.assign(buffer, moved.astype(buffer.dtype))
 
     def _add_parameters(self, dtype: Any) -> None:

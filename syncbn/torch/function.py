@@ -8,7 +8,6 @@ joins it, with a mark, so that every rank raises and none waits (ERR-9).
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncbn.contract import PeerError, check_shape, nothing_to_differentiate
-from syncbn.torch.backends import Backend, wide
+from syncbn.torch.backends import Backend, host_may_look, wide
 from syncbn.torch.groups import Communicator
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -69,14 +68,6 @@ def batch_statistics(
             raise problem
         means, variances = table[:, :-3].view(-1, 2, num_features).unbind(1)
         return Statistics(*backend.combine(means, variances, _counts(table), eps))
-
-
-def host_may_look(device: torch.device) -> bool:
-    """Whether a training step may read a value of the device.
-
-    That makes the host wait for an accelerator in every step, so there only SYNCBN_DEBUG=1 does.
-    """
-    return device.type == "cpu" or os.environ.get("SYNCBN_DEBUG") == "1"
 
 
 def normalize(

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from syncbn.contract import check_count
 from syncbn.torch import backends
-from syncbn.torch.backends import wide
+from syncbn.torch.backends import host_may_look, wide
 from syncbn.torch.function import (
     Statistics,
     batch_statistics,
     check_input,
     home,
-    host_may_look,
     normalize,
 )
 from syncbn.torch.groups import ALONE, Communicator, ProcessGroupLike, resolve
@@ -128,12 +127,13 @@ def _update_running(
     n = stats.n
     if num_batches_tracked is not None:
         num_batches_tracked.add_(n > 0)
+    taken: float | Tensor
     if momentum is not None:
-        factor = torch.full_like(n, momentum)
+        taken = float(momentum)  # on the host: in float32, 1 - 0.999 has four digits left
     else:
         assert num_batches_tracked is not None
-        factor = 1 / num_batches_tracked.clamp(min=1).to(n.dtype)
+        taken = 1 / num_batches_tracked.clamp(min=1).to(n.dtype)
     unbiased = stats.var * (n / (n - 1).clamp(min=1))
     for buffer, batch in ((running_mean, stats.mean), (running_var, unbiased)):
-        moved = (1 - factor) * buffer.to(n.dtype) + factor * batch
+        moved = (1 - taken) * buffer.to(n.dtype) + taken * batch
         buffer.copy_(torch.where(n > 0, moved, buffer.to(n.dtype)))

@@ -3,7 +3,8 @@
 Used as they are, the CPU kernels lose accuracy: on channels-last input they add up float32 values
 one after the other, so that 1e5 values of mean/std 1e4 leave no digit of the variance. Here a
 reduction in the type of its input only sees columns of at most `_BLOCK` values, which are merged in
-float64; the others add up in float64 from the start.
+float64; the others add up in float64 from the start, and so do columns whose squares overflow
+float32, where the host may look.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from syncbn.torch.backends import wide
+from syncbn.torch.backends import host_may_look, wide
 
 _BLOCK = 64  # longest column that is added up in float32: an error of 64 u at the very worst
 _CACHED = 2**18  # values that stay in the cache between two passes: 1 MiB of float32
@@ -23,9 +24,16 @@ _FEW = 8  # with fewer rows, columns are too short to pay for their merge
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
     x = _as_rows(x)
+    # The kernel adds up squares, which may overflow float32 where their mean does not.
     if x.shape[0] < _FEW:
-        # In float64, for the kernel keeps the sum of squares, which may overflow float32.
         return _kernel_stats(x.to(wide(x.device)))
+    mean, var = _stats_of_columns(x)
+    if host_may_look(x.device) and not var.isfinite().all():
+        return _stats_of_columns(x.to(wide(x.device)))
+    return mean, var
+
+
+def _stats_of_columns(x: Tensor) -> tuple[Tensor, Tensor]:
     parts = []
     for block in _blocks(x):
         means, variances = (_spread(v, block) for v in _kernel_stats(_as_columns(block)))
