@@ -16,23 +16,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from conformance.case import CHECKS, Case, Step
 from conformance.cases import REGRESSIONS
-from conformance.expected import Expectations, expect
+from conformance.expected import expect
 from conformance.pool import RankPool
-from conformance.verdict import THRESHOLD, Verdict, judge
+from conformance.verdict import Verdict, judge, judgeable
 from reports.table import replay_command
 
 # Cases that share a seed. After so many, Hypothesis would begin to repeat itself in variations.
 _BATCH = 10
 _SHRINK_SECONDS = 120.0
 _FAILING = ("fail", "hang", "crash")
-_LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
-_LARGEST["bfloat16"] = (2 - 2.0**-7) * 2.0**127
 
 # The clause of a case that fails in this check alone.
 _CLAUSES = {
@@ -231,35 +228,11 @@ class _Asker:
 
 def _ask(pool: RankPool, case: Case) -> Verdict:
     expected = expect(case)
-    if not _judgeable(case, expected):
+    if not judgeable(case, expected):
         return Verdict(
             "not-run", None, "a result is undefined, unbounded, or too large for its dtype"
         )
     return judge(case, pool.run(case), lambda: expected)
-
-
-def _judgeable(case: Case, expected: Expectations) -> bool:
-    """Whether every result is a number that its dtype can hold, wherever it is within its bound.
-
-    A variance of 0 beside eps = 0, for one, leaves the contract. Where data are poisoned or a
-    running variance is negative, numbers that are not finite are what is asked for.
-    """
-    poisoned = case.state == "negative" or any(step.x.poison for step in case.steps)
-    for rank, steps in enumerate(expected):
-        for step, at in zip(case.steps, steps, strict=True):
-            for name, bounded in (at.values if at else {}).items():
-                if bounded is None:
-                    continue
-                of_input = name in ("y", "grad_input")
-                dtype = step.dtype_of(rank) if of_input else case.parameter_dtype
-                value, bound = bounded
-                if poisoned:
-                    bound, value = bound[np.isfinite(value)], value[np.isfinite(value)]
-                with np.errstate(over="ignore"):
-                    largest = np.abs(value) + THRESHOLD * bound
-                if not np.all(largest <= _LARGEST[dtype]):
-                    return False
-    return True
 
 
 def _with_checks(case: Case, checks: tuple[str, ...]) -> Case:

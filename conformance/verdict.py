@@ -46,6 +46,8 @@ _INITIAL = {
     "running_var": 1.0,
     "num_batches_tracked": 0.0,
 }
+_LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
+_LARGEST["bfloat16"] = (2 - 2.0**-7) * 2.0**127
 _NUMERIC = ("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "running_var")
 
 
@@ -93,6 +95,30 @@ def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) ->
         raised = isinstance(failure, _Raised)
         return Verdict("fail", max(ratios, default=None), str(failure), raised)
     return Verdict("pass", max(ratios, default=None))
+
+
+def judgeable(case: Case, expected: Expectations) -> bool:
+    """Whether every result is a number that its dtype can hold, wherever it is within its bound.
+
+    A variance of 0 beside eps = 0, for one, leaves the contract. Where data are poisoned or a
+    running variance is negative, numbers that are not finite are what is asked for.
+    """
+    poisoned = case.state == "negative" or any(step.x.poison for step in case.steps)
+    for rank, steps in enumerate(expected):
+        for step, at in zip(case.steps, steps, strict=True):
+            for name, bounded in (at.values if at else {}).items():
+                if bounded is None:
+                    continue
+                of_input = name in ("y", "grad_input")
+                dtype = step.dtype_of(rank) if of_input else case.parameter_dtype
+                value, bound = bounded
+                if poisoned:
+                    bound, value = bound[np.isfinite(value)], value[np.isfinite(value)]
+                with np.errstate(over="ignore"):
+                    largest = np.abs(value) + THRESHOLD * bound
+                if not np.all(largest <= _LARGEST[dtype]):
+                    return False
+    return True
 
 
 def apart(case: Case, one: Outcome, other: Outcome, expected: Expectations) -> float | None:
