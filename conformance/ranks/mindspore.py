@@ -163,6 +163,8 @@ class MindSporeRank(FrameworkRank):
             parameter.requires_grad = wants_parameters
         for cell in filter(None, (layer, beside)):
             cell.set_train(step.mode == "train")
+        if beside is not None:
+            beside.update_parameters_name("beside.")  # in a graph, as in a network, names differ
         weights = learned if wants_parameters else []
         position = 0 if wants_input and x.is_floating_point() else None
         recomputing, loss = step.recompute, self.loss

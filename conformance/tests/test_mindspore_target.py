@@ -121,7 +121,8 @@ class TestAnswers:
             for x, p in frozen
         ]
         cases.append(case(EVEN, EVEN, checks=gradients, groups=((0,), (1,))))
-        assert [found.message for found in ask("Composed", *cases, mode=mode)] == [None] * 8
+        cases.append(case(dataclasses.replace(EVEN, beside=True), checks=gradients))
+        assert [found.message for found in ask("Composed", *cases, mode=mode)] == [None] * 9
 
     @pytest.mark.parametrize("mode", MODES)
     def test_of_a_wrong_layer_fail(self, mode: str) -> None:
