@@ -32,6 +32,7 @@ from launchers import LAUNCHERS, Job
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _GRACE_SECONDS = 5.0  # for the peers of a rank that failed, to fail as well
 _GRAPH_PATIENCE = 4.0  # times as long if every rank compiles every step
+_INTERPRETER_PATIENCE = 10.0  # or interprets every element of its kernels
 _STACK_SECONDS = 0.3  # for a signal handler to write
 
 
@@ -193,7 +194,7 @@ class RankPool:
             except OSError:
                 crashed.append(rank)
                 del waiting[rank]
-        patience = _GRAPH_PATIENCE if self.target.mode == "graph" else 1.0
+        patience = _patience(self.target)
         grace = _GRACE_SECONDS * patience
         end = time.monotonic() + (grace if crashed else deadline * patience)
         while waiting and (left := end - time.monotonic()) > 0:
@@ -244,6 +245,12 @@ class RankPool:
         shown = frames[:1] + own[:1] if dumps else lines[-2:]
         names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         return f"{names} {how}" + (f" ({' / '.join(shown)})" if shown else "")
+
+
+def _patience(target: Target) -> float:
+    if target.rung == "interpreted":
+        return _INTERPRETER_PATIENCE
+    return _GRAPH_PATIENCE if target.mode == "graph" else 1.0
 
 
 def _errors(answer: Message | None) -> list[str]:

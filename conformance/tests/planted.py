@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,7 @@ class LocalCount(SyncBatchNorm):
 
 
 class FailsByChannels(SyncBatchNorm):
-    """On rank 1: dies with 64 channels, never returns with 65, raises with 257."""
+    """On rank 1: dies with 64 channels, never returns with 65, raises with 257, is slow with 63."""
 
     def forward(self, input: Tensor) -> Tensor:
         if dist.get_rank() == 1:
@@ -39,6 +40,8 @@ class FailsByChannels(SyncBatchNorm):
                 pass
             if self.num_features == 257:
                 raise RuntimeError("planted")
+            if self.num_features == 63:
+                time.sleep(2.0)
         return super().forward(input)
 
 

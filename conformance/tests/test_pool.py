@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -57,6 +58,13 @@ def test_a_bad_case_costs_one_case() -> None:
     assert "groups.py" in str(results[5].message)
     assert "rank 1 raised RuntimeError: planted" in str(results[5].message)
     assert not any(alive(pid) for pid in left)
+
+
+@pytest.mark.parametrize(("rung", "verdict"), [("device", "hang"), ("interpreted", "pass")])
+def test_an_interpreter_is_given_longer(rung: str, verdict: str) -> None:
+    target = replace(targets.parse(f"{PLANTED}:FailsByChannels"), rung=rung)
+    with RankPool(target, 2) as pool:
+        assert runner.run_case(pool, case(63, deadline=1.0)).verdict.verdict == verdict
 
 
 def test_kill_9_of_a_rank_between_cases() -> None:
