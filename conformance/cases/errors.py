@@ -20,6 +20,9 @@ def wrong_shapes(ranks: int) -> Iterator[Draft]:
         for mode in ("train", "eval"):
             step = Step(even(ranks, *shape), mode=mode, backward=False, error=everyone)
             yield case(f"{title}, {mode}", step, checks=MOVED)
+    for mode in ("train", "eval"):  # no weight has the number of channels
+        step = Step(even(ranks, 4, 6, 5), mode=mode, backward=False, error=everyone)
+        yield case(f"6 channels for 3, affine=False, {mode}", step, layer={"affine": False})
 
 
 @asks("ERR-7")

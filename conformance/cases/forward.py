@@ -83,6 +83,11 @@ def groups(ranks: int) -> Iterator[Draft]:
     step = Step(uneven(ranks, 3, 5))
     layer = {"process_group": [*everyone[::2], *everyone[1::2]]}
     yield case("a list of all rank ids", step, step, layer=layer, checks=("y", *MOVED))
+    if ranks > 1:
+        half = everyone[ranks // 2 :]
+        layer = {"process_group": [*half]}
+        title = "a list of half of the rank ids"
+        yield case(title, step, step, layer=layer, groups=(half,), checks=("y", *MOVED))
     if ranks > 2:
         one, two = (everyone[:1], everyone[1:]), (everyone[:2], everyone[2:])
         first, then = Step(uneven(ranks, 3, 5)), Step(uneven(ranks, 3, 5), groups=two)

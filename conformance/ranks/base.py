@@ -181,9 +181,10 @@ class FrameworkRank(ABC):
     def _build(self, case: Case, index: int = 0) -> Any:
         arguments = {name: self._literal(name, value) for name, value in case.layer.items()}
         group = case.group_of(self.rank, index)
-        if case.groups_at(index) is not None and group is not None:
-            arguments["process_group"] = self._group(group)
-        elif "process_group" in arguments and not self.rank_ids:
+        if "process_group" not in arguments:
+            if case.groups_at(index) is not None and group is not None:
+                arguments["process_group"] = self._group(group)
+        elif not self.rank_ids:
             arguments["process_group"] = self._group(tuple(arguments["process_group"]))
         layer = self.build(arguments)
         if case.state != "initial" and case.error is None:
