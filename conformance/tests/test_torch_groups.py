@@ -119,6 +119,13 @@ def overlapping_groups(rank: int) -> None:
             _assert_statistics_of(members, make_layer(process_group=name), rank)
 
 
+def torch_still_makes_groups(rank: int) -> None:
+    """It counts those that all ranks have made, and the ranks must agree on the number."""
+    ones = torch.ones(1)
+    dist.all_reduce(ones, group=dist.new_group([0, 1, 2]))
+    assert ones.item() == RANKS
+
+
 def a_copy_shares_the_group(rank: int) -> None:
     world = SyncBatchNorm(3, process_group=dist.group.WORLD)
     layers = [world] if rank == 2 else [make_layer(process_group="pair"), world]
@@ -163,6 +170,7 @@ WORLDS: list[list[Callable[[int], None]]] = [
         equal_lists_share_a_communicator,
         wrong_groups_are_refused,
         overlapping_groups,
+        torch_still_makes_groups,
         a_copy_shares_the_group,
         one_rank_evaluates_alone,
     ],
