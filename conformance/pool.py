@@ -31,8 +31,7 @@ from launchers import LAUNCHERS, Job
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _GRACE_SECONDS = 5.0  # for the peers of a rank that failed, to fail as well
-_GRAPH_PATIENCE = 4.0  # times as long if every rank compiles every step
-_INTERPRETER_PATIENCE = 10.0  # or interprets every element of its kernels
+_PATIENCE = 10.0  # times as long if every rank compiles every step, or interprets its kernels
 _STACK_SECONDS = 0.3  # for a signal handler to write
 
 
@@ -248,9 +247,7 @@ class RankPool:
 
 
 def _patience(target: Target) -> float:
-    if target.rung == "interpreted":
-        return _INTERPRETER_PATIENCE
-    return _GRAPH_PATIENCE if target.mode == "graph" else 1.0
+    return _PATIENCE if target.mode == "graph" or target.rung == "interpreted" else 1.0
 
 
 def _errors(answer: Message | None) -> list[str]:

@@ -132,8 +132,6 @@ class MindSporeRank(FrameworkRank):
             return "in a graph MindSpore recomputes operations, not the forward of a layer"
         if self.mode == "graph" and any(_idles(case, step) for step in case.steps):
             return "a compiled forward does not know whether it will be differentiated"
-        if self.mode == "graph" and _can_raise_beside_strided_dy(case):
-            return f"in a graph that can raise, MindSpore {ms.__version__} ignores strides of dy"
         if self.platform != "CPU" and "collectives" in case.checks:
             return "collectives of MindSpore are counted on CPU only"
         return None
@@ -169,13 +167,17 @@ class MindSporeRank(FrameworkRank):
             beside.update_parameters_name("beside.")  # in a graph, as in a network, names differ
         weights = learned if wants_parameters else []
         position = 0 if wants_input and x.is_floating_point() else None
-        recomputing, loss = step.recompute, self.loss
+        recomputing, loss, compiled = step.recompute, self.loss, self.mode == "graph"
 
         # Plain functions of tensors, for in graph mode they are compiled.
         def forward(x: Tensor) -> Tensor:
             return ms.recompute(layer, x) if recomputing else layer(x)
 
         def with_loss(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+            if compiled:
+                # MindSpore 2.10.0 ignores the strides of an input of a graph that can raise, as
+                # ours can with SYNCBN_DEBUG=1, unless an operation has used it before.
+                x = ops.depend(x, ops.neg(dy))
             y = forward(x)
             if beside is not None:
                 return loss(y, dy) + loss(beside(-ops.stop_gradient(x)), dy), y
@@ -216,16 +218,6 @@ def _idles(case: Case, step: Step) -> bool:
     if case.affine:
         idle.intersection_update(step.frozen_parameters)
     return step.backward and not idle.isdisjoint(at_fault)
-
-
-def _can_raise_beside_strided_dy(case: Case) -> bool:
-    """Whether dy meets a fault of MindSpore 2.10.0, with which our layer has nothing to do.
-
-    It reads an input of such a graph as if it were contiguous, unless an operation has used it
-    before the `raise`. Only with SYNCBN_DEBUG=1 does the layer compile one.
-    """
-    layouts = {step.dy_layout_of(rank) for step in case.steps for rank in range(case.ranks)}
-    return any(step.error for step in case.steps) and layouts != {"contiguous"}
 
 
 class _Loss(nn.Cell):
