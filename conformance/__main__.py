@@ -42,6 +42,7 @@ _BAD_INPUT = (
     explore.ExploreError,
     failures.RegistryError,
     study.StudyError,
+    lines.LinesError,
     markdown.PageError,
 )
 
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"conformance: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("conformance: interrupted, no report was written", file=sys.stderr)
+        print("conformance: interrupted", file=sys.stderr)
         return 130
 
 
@@ -163,7 +164,12 @@ def _explore(options: argparse.Namespace) -> int:
     target = targets.parse(options.target, options.device, options.backend, options.mode)
     with RankPool(target, options.ranks, options.launcher) as pool:
         pool.start()
-        found = explore.explore(pool, options.minutes, options.seed)
+
+        def progress(found: explore.Exploration) -> None:
+            status.update(f"{found.verdicts.total()} cases in {found.seconds:.0f} s")
+
+        with Console(stderr=True).status("exploring") as status:
+            found = explore.explore(pool, options.minutes, options.seed, progress=progress)
         explore.show(found, pool, _output())
     return 1 if found.finding else 0
 

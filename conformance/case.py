@@ -78,7 +78,8 @@ class Step:
     channels_last, permuted, sliced or expanded, one for all ranks or one each; dtype likewise.
     repeat: how often the same step is taken. reload: before it, the layer's checkpoint goes into a
     new layer, which takes its place; with other process groups if `groups` names them. beside: a
-    second layer normalizes -x in a parallel branch, and one backward runs through both.
+    second layer normalizes -x in a parallel branch, and one backward runs through both; grad_input
+    is that of the first.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -122,7 +123,8 @@ class Case:
     """See the module. layer holds the constructor's arguments that are given, as literals.
 
     A literal is JSON, or {"float": "nan"}, or {"numpy": "int64", "value": 4}; dtypes are names.
-    groups lists the ranks of each process group; None builds the layer without one.
+    groups lists the ranks of each process group; None builds the layer without one. A process_group
+    in layer, a list of rank ids, stands for the group of these ranks.
     state is one of STATES: "initial" leaves the layer as it was constructed, "negative" is random,
     but for a negative running_var in channel 0. ddp: the layer is wrapped in the framework's data
     parallelism, which averages the gradients of its parameters over all ranks.

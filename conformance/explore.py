@@ -49,7 +49,7 @@ _CLAUSES = {
     "format": "FWD-2",
     "grad_format": "FWD-2",
     "input_unmodified": "FWD-2",
-    "repeatable": "FWD-2",
+    "repeatable": "FWD-6",
 }
 
 

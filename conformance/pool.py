@@ -124,7 +124,9 @@ class RankPool:
             except TargetError:
                 self.stop()
                 self.start()
-        outcome = self._exchange({"do": "run", "case": case.document}, case.deadline)
+        outcome = self._exchange(
+            {"do": "run", "case": case.document}, case.deadline, patience=_patience(self.target)
+        )
         if outcome.crashed or outcome.hung:
             self.stop()
         else:
@@ -137,13 +139,16 @@ class RankPool:
         dialed: queue.SimpleQueue[Connection] = queue.SimpleQueue()
 
         def accept() -> None:
+            # Not one more than there are ranks: to close a listener does not wake who waits at it.
+            missing = self.ranks
             with contextlib.suppress(OSError):  # the listener was closed
-                while True:
+                while missing:
                     with contextlib.suppress(AuthenticationError):  # somebody else dialed
                         dialed.put(listener.accept())
+                        missing -= 1
 
         # In a thread, for accept() would wait for ever for a rank that dies before it dials.
-        threading.Thread(target=accept, daemon=True).start()
+        threading.Thread(target=accept, name="accept", daemon=True).start()
         found: dict[int, Connection] = {}
         end = time.monotonic() + _START_SECONDS
         while len(found) < self.ranks:
@@ -179,7 +184,11 @@ class RankPool:
         return answers
 
     def _exchange(
-        self, content: dict[str, Any], deadline: float, only: list[int] | None = None
+        self,
+        content: dict[str, Any],
+        deadline: float,
+        only: list[int] | None = None,
+        patience: float = 1.0,
     ) -> Outcome:
         """Send to the ranks (all, or some) and wait for their answers until the deadline."""
         self._epoch += 1
@@ -193,7 +202,6 @@ class RankPool:
             except OSError:
                 crashed.append(rank)
                 del waiting[rank]
-        patience = _patience(self.target)
         grace = _GRACE_SECONDS * patience
         end = time.monotonic() + (grace if crashed else deadline * patience)
         while waiting and (left := end - time.monotonic()) > 0:

@@ -373,14 +373,14 @@ def _applying(case: Case) -> tuple[str, ...]:
     """All checks that apply to the case, of the slow ones those that it has already."""
     steps = case.steps
     groups = [group for i in range(len(steps)) for group in case.groups_at(i) or ()]
-    plain = not any(s.recompute or s.beside or s.frozen_input for s in steps) and not case.ddp
+    odd = any(s.recompute or s.beside or s.frozen_input or s.error for s in steps) or case.ddp
     applies = {
         "initial_values": case.state == "initial",
         # Ranks that were in other groups before have other statistics.
         "ranks_agree": not any(step.groups or step.present for step in steps),
         "grad_format": all(step.backward and not step.frozen_input for step in steps),
         "repeatable": "repeatable" in case.checks,
-        "collectives": "collectives" in case.checks and plain and all(len(g) > 1 for g in groups),
+        "collectives": "collectives" in case.checks and not odd and all(len(g) > 1 for g in groups),
     }
     return (*_CHECKS, *(check for check, does in applies.items() if does))
 

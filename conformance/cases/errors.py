@@ -20,9 +20,10 @@ def wrong_shapes(ranks: int) -> Iterator[Draft]:
         for mode in ("train", "eval"):
             step = Step(even(ranks, *shape), mode=mode, backward=False, error=everyone)
             yield case(f"{title}, {mode}", step, checks=MOVED)
-    for mode in ("train", "eval"):  # no weight has the number of channels
+    layer = {"affine": False}  # so that num_features alone tells the number of channels
+    for mode in ("train", "eval"):
         step = Step(even(ranks, 4, 6, 5), mode=mode, backward=False, error=everyone)
-        yield case(f"6 channels for 3, affine=False, {mode}", step, layer={"affine": False})
+        yield case(f"6 channels for 3, affine=False, {mode}", step, layer=layer, checks=MOVED)
 
 
 @asks("ERR-7")

@@ -191,7 +191,6 @@ KINDS: dict[str, Kind] = {
     "negate": _negate,
     "constant": _constant,
 }
-OTHERS = tuple(kind for kind in KINDS if kind != "swap")
 
 
 def _bodies(function: ast.AST) -> Iterator[list[ast.stmt]]:
@@ -216,6 +215,10 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
 
 
 # Mutants
+
+
+class LinesError(RuntimeError):
+    """Mutants cannot be judged; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -295,17 +298,15 @@ class Kill:
 
 @dataclass(frozen=True)
 class Fate:
-    """The kills of a mutant, none if it survived; by default the suite stops at the first."""
+    """What killed a mutant, None if it survived."""
 
     mutant: Mutant
-    kills: tuple[Kill, ...]
+    kill: Kill | None
     seconds: float
 
     @property
     def how(self) -> str:
-        """How it was killed; "wrong" if any case found it so."""
-        hows = [kill.how for kill in self.kills]
-        return "wrong" if "wrong" in hows else hows[0] if hows else "survived"
+        return self.kill.how if self.kill else "survived"
 
 
 def run(
@@ -314,26 +315,25 @@ def run(
     kinds: Sequence[str] = ("swap",),
     ranks: int = 4,
     profile: str = "certify",
-    all_kills: bool = False,
     progress: Callable[[Fate], None] = lambda fate: None,
 ) -> list[Fate]:
-    """Draw mutants and put each to the suite, up to its first kill unless all_kills.
+    """Draw mutants and put each to the suite, up to its first kill.
 
     Raises:
-        RuntimeError: the copy without any change does not pass, so no kill would mean anything.
+        LinesError: the copy without any change does not pass, so no kill would mean anything.
     """
     # The first case of every clause goes first: most mutants need no more.
     smoke, rest = catalogue(ranks, "smoke"), catalogue(ranks, profile)
     cases = list({case.id: case for case in (*smoke, *rest)}.values())
     with _copy() as target:
         if kill := next(_kills(target, cases), None):
-            raise RuntimeError(f"a copy of the layer does not pass the suite: {kill}")
+            raise LinesError(f"a copy of the layer does not pass the suite: {kill}")
     fates = []
     for mutant in draw(count, seed, kinds):
         start = time.monotonic()
         with _copy(mutant) as target:
-            kills = tuple(itertools.islice(_kills(target, cases), None if all_kills else 1))
-        fates.append(Fate(mutant, kills, time.monotonic() - start))
+            kill = next(_kills(target, cases), None)
+        fates.append(Fate(mutant, kill, time.monotonic() - start))
         progress(fates[-1])
     return fates
 
@@ -385,15 +385,9 @@ def document(fates: Sequence[Fate]) -> list[dict[str, Any]]:
             "kind": fate.mutant.kind,
             "diff": list(fate.mutant.diff),
             "fate": fate.how,
-            "kills": [
-                {
-                    "how": kill.how,
-                    "clause": kill.case and kill.case.clause,
-                    "case": kill.case and kill.case.id,
-                    "message": kill.message,
-                }
-                for kill in fate.kills
-            ],
+            "clause": fate.kill and fate.kill.case and fate.kill.case.clause,
+            "case": fate.kill and fate.kill.case and fate.kill.case.id,
+            "message": fate.kill and fate.kill.message,
             "seconds": round(fate.seconds, 1),
         }
         for fate in fates
@@ -407,7 +401,7 @@ def summarize(fates: Sequence[Fate], console: Console) -> None:
         table.add_column(column, no_wrap=True)
     for fate in fates:
         mutant = fate.mutant
-        case = fate.kills[0].case if fate.kills else None
+        case = fate.kill.case if fate.kill else None
         table.add_row(
             mutant.id,
             f"{mutant.path}:{mutant.line}",
@@ -419,7 +413,7 @@ def summarize(fates: Sequence[Fate], console: Console) -> None:
         )
     console.print(table)
     for fate in fates:
-        if not fate.kills:
+        if fate.kill is None:
             mutant = fate.mutant
             console.print(f"\nsurvived: {mutant.id} {mutant.path}:{mutant.line} ({mutant.kind})")
             console.print("\n".join(mutant.diff), markup=False, highlight=False, soft_wrap=True)

@@ -125,8 +125,7 @@ def test_what_is_shown_names_the_survivor() -> None:
     (case,) = (case for case in catalogue(2, "smoke") if case.clause == "FWD-1")
     survivor = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 0")
     dead = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 1")
-    kills = (Kill("raised", case, "m"), Kill("wrong", case, "m"))
-    fates = [Fate(survivor, (), 1.0), Fate(dead, kills, 2.0)]
+    fates = [Fate(survivor, None, 1.0), Fate(dead, Kill("wrong", case, "m"), 2.0)]
     console = Console(record=True, width=120)
     lines.summarize(fates, console)
     shown = console.export_text()

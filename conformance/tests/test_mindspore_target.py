@@ -177,6 +177,14 @@ class TestAnswers:
         with RankPool(targets.parse("syncbn.mindspore", mode="graph"), 2) as pool:
             assert runner.run_case(pool, one).verdict.message is None
 
+    def test_collectives_of_a_graph_that_raises_are_not_counted(self) -> None:
+        failing = Step(((3, 3, 4), (3, 4, 4)), error=ExpectedError("ValueError", (1,)))
+        one = case(failing, EVEN, checks=("y", "collectives"))
+        with RankPool(targets.parse("syncbn.mindspore", mode="graph"), 2) as pool:
+            found = runner.run_case(pool, one).verdict
+        assert found.verdict == "unsupported"
+        assert "breaks a graph that raises" in str(found.message)
+
     def test_kernels_of_ascend_are_not_asked_for_float64(self) -> None:
         step = dataclasses.replace(EVEN, dtype="float64")
         one = dataclasses.replace(case(step), layer={"num_features": 3, "dtype": "float64"})
