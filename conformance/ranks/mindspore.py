@@ -132,10 +132,15 @@ class MindSporeRank(FrameworkRank):
             return "in a graph MindSpore recomputes operations, not the forward of a layer"
         if self.mode == "graph" and any(_idles(case, step) for step in case.steps):
             return "a compiled forward does not know whether it will be differentiated"
+        raises = self.mode == "graph" and any(step.error for step in case.steps)
+        if raises and self.platform == "CPU" and "float64" in case.dtypes:
+            return (
+                f"MindSpore {ms.__version__} rounds float64 in a graph that can raise (TensorMove)"
+            )
         if "collectives" in case.checks:
             if self.platform != "CPU":
                 return "collectives of MindSpore are counted on CPU only"
-            if self.mode == "graph" and any(step.error for step in case.steps):
+            if raises:
                 return "MindSpore's profiler, which counts collectives, breaks a graph that raises"
         return None
 

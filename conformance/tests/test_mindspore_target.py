@@ -177,13 +177,22 @@ class TestAnswers:
         with RankPool(targets.parse("syncbn.mindspore", mode="graph"), 2) as pool:
             assert runner.run_case(pool, one).verdict.message is None
 
-    def test_collectives_of_a_graph_that_raises_are_not_counted(self) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "check", "message"),
+        [
+            ("float32", "collectives", "breaks a graph that raises"),
+            ("float64", "y", "rounds float64 in a graph that can raise"),
+        ],
+    )
+    def test_what_a_graph_that_raises_is_not_asked(
+        self, dtype: str, check: str, message: str
+    ) -> None:
         failing = Step(((3, 3, 4), (3, 4, 4)), error=ExpectedError("ValueError", (1,)))
-        one = case(failing, EVEN, checks=("y", "collectives"))
+        steps = (dataclasses.replace(step, dtype=dtype) for step in (failing, EVEN))
         with RankPool(targets.parse("syncbn.mindspore", mode="graph"), 2) as pool:
-            found = runner.run_case(pool, one).verdict
+            found = runner.run_case(pool, case(*steps, checks=(check,))).verdict
         assert found.verdict == "unsupported"
-        assert "breaks a graph that raises" in str(found.message)
+        assert message in str(found.message)
 
     def test_kernels_of_ascend_are_not_asked_for_float64(self) -> None:
         step = dataclasses.replace(EVEN, dtype="float64")
