@@ -46,8 +46,8 @@ class SyncBatchNorm(nn.Cell):
     freezes its input, or with SYNCBN_DEBUG=1): on CPU the gradients are then NaN, not wrong.
     With SYNCBN_DEBUG=1, give a graph contiguous inputs: MindSpore 2.10.0 ignores the strides of one
     that no operation has used before the point where the graph may raise.
-    On CPU, a graph that runs one float64 layer twice, updates its parameters, too, or may raise, may
-    round to float32: MindSpore copies by an operator that has no float64 there (TensorMove).
+    On CPU, a graph that runs one float64 layer twice, updates its parameters, too, or may raise,
+    may round to float32: MindSpore copies by an operator without float64 there (TensorMove).
 
     Args:
         num_features: C of the input (N, C, +).
