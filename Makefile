@@ -18,7 +18,7 @@ help: ## show this list
 
 HAS_MINDSPORE := $(RUN) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("mindspore") is None)'
 LEFT_OUT := left out: MindSpore, which is not installed (EXTRAS=dev,mindspore installs it)
-JUDGE := $(RUN) -m conformance run --ranks $(RANKS)
+JUDGE := $(VENV)/bin/syncbn-conformance run --ranks $(RANKS)
 TWIN := .toolchain/twin.so
 TWINLESS := left out: the twin of our kernels, which is not compiled (make kernels compiles it)
 
@@ -44,24 +44,24 @@ conformance-mindspore: $(READY)
 
 .PHONY: kernels
 kernels: $(READY) ## prove our Triton kernels without a device (puts 2.5 GB of tools into .toolchain)
-	$(RUN) -m syncbn.kernels install
-	$(RUN) -m syncbn.kernels check
+	$(RUN) -m audit kernels install
+	$(RUN) -m audit kernels check
 
 .PHONY: mutants
 mutants: $(READY) ## put the suite to layers with planted faults, all of which it must find
-	$(RUN) -m conformance mutants --framework torch --declared
+	$(RUN) -m audit mutants --framework torch --declared
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
-	@! $(HAS_MINDSPORE) || $(RUN) -m conformance mutants --framework mindspore --declared --seeds 1
+	@! $(HAS_MINDSPORE) || $(RUN) -m audit mutants --framework mindspore --declared --seeds 1
 
 .PHONY: study
 study: $(READY) ## calibrate the bound on sound and unsound layers and write docs/tolerances.md
-	$(RUN) -m conformance study
+	$(RUN) -m audit study
 
 .PHONY: findings
 findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-conformance.md
-	for ranks in 4 1; do $(RUN) -m conformance run --target mindspore.mint --ranks $$ranks \
+	for ranks in 4 1; do $(VENV)/bin/syncbn-conformance run --target mindspore.mint --ranks $$ranks \
 	  --out reports/out/mindspore.mint-$$ranks || test $$? = 1; done
-	$(RUN) -m reports findings reports/out/mindspore.mint-4 reports/out/mindspore.mint-1 \
+	$(RUN) -m syncbn.reports findings reports/out/mindspore.mint-4 reports/out/mindspore.mint-1 \
 	  --out docs/mindspore-conformance.md
 
 .PHONY: test

@@ -1,4 +1,4 @@
-"""The command line of the suite: judge a layer, explore, look at cases, judge the suite itself."""
+"""The command line of the suite: judge a layer, explore, show cases."""
 
 from __future__ import annotations
 
@@ -14,42 +14,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import reports
-from conformance import explore, failures, markdown, must_pass, runner, study, targets
-from conformance.case import Case, CaseError, load
-from conformance.cases import PROFILES, catalogue
-from conformance.clauses import CLAUSES
-from conformance.mutants import lines
-from conformance.mutants import run as mutants
-from conformance.mutants.found import FRAMEWORKS
-from conformance.pool import RankPool
-from conformance.runner import Result
-from conformance.targets import TargetError
-from launchers import LAUNCHERS
+from syncbn import reports
+from syncbn.conformance import ConformanceError, explore, must_pass, runner, targets
+from syncbn.conformance.case import Case, load
+from syncbn.conformance.cases import PROFILES, catalogue
+from syncbn.conformance.clauses import CLAUSES
+from syncbn.conformance.pool import RankPool
+from syncbn.conformance.runner import Result
+from syncbn.launchers import LAUNCHERS
 
 _OUT = Path("reports/out")
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; the text says why."""
-
-
-_BAD_INPUT = (
-    UsageError,
-    TargetError,
-    CaseError,
-    reports.ReportError,
-    explore.ExploreError,
-    failures.RegistryError,
-    study.StudyError,
-    lines.LinesError,
-    markdown.PageError,
-)
+class UsageError(ConformanceError):
+    """The options do not fit together, or name something that is not there."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all required clauses passed, 1 some did not, 2 bad input, 130 interrupted."""
     options = _parser().parse_args(arguments)
+    # SIGTERM unwinds like Ctrl-C, so that a run which is ended leaves no rank behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status: int = options.command(options)
         sys.stdout.flush()
@@ -57,14 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # as by `list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except _BAD_INPUT as error:
-        print(f"conformance: {error}", file=sys.stderr)
+    except (ConformanceError, reports.ReportError) as error:
+        print(f"syncbn-conformance: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # standard output is full, say
-        print(f"conformance: {error}", file=sys.stderr)
+        print(f"syncbn-conformance: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("conformance: interrupted", file=sys.stderr)
+        print("syncbn-conformance: interrupted", file=sys.stderr)
         return 130
 
 
@@ -174,41 +159,6 @@ def _explore(options: argparse.Namespace) -> int:
     return 1 if found.finding else 0
 
 
-def _mutants(options: argparse.Namespace) -> int:
-    frameworks = options.framework or FRAMEWORKS
-    _make_directory(options.out.parent)
-    return mutants.main(
-        frameworks,
-        options.mutant,
-        options.ranks,
-        options.seeds,
-        options.declared,
-        options.profile,
-        options.out,
-        options.document,
-        _output(),
-    )
-
-
-def _lines(options: argparse.Namespace) -> int:
-    _make_directory(options.out.parent)
-    kinds = options.kind or ("swap",)
-    return lines.main(
-        options.count, options.seed, kinds, options.ranks, options.profile, options.out
-    )
-
-
-def _failures(options: argparse.Namespace) -> int:
-    failures.write(options.out, catalogue(4, "certify"))
-    print(f"wrote {options.out}")
-    return 0
-
-
-def _study(options: argparse.Namespace) -> int:
-    _make_directory(options.out.parent)
-    return study.main(options.ranks, options.profile, options.out, options.document, _output())
-
-
 def _freeze(_: argparse.Namespace) -> int:
     must_pass.freeze()
     numbers = ", ".join(map(str, must_pass.RANKS))
@@ -255,7 +205,7 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m conformance", description=__doc__)
+    parser = argparse.ArgumentParser(prog="syncbn-conformance", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
@@ -309,33 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     add_ranks(search)
     search.add_argument("--minutes", type=float, default=10.0, help="default 10")
     search.add_argument("--seed", type=int, help="of the first batch of cases (default random)")
-    wrong = add("mutants", _mutants, "Judge the suite: it must find every planted fault.")
-    wrong.add_argument("mutant", nargs="*", help="names (default all)")
-    wrong.add_argument("--framework", action="append", choices=FRAMEWORKS)
-    wrong.add_argument("--seeds", type=_positive, default=3, help="default 3")
-    wrong.add_argument("--declared", action="store_true", help="ask only where a mutant must die")
-    wrong.add_argument("--out", type=Path, default=_OUT / "mutants.json")
-    wrong.add_argument("--document", type=Path, help="a page to put the table into (default none)")
-    changed = add("lines", _lines, "Judge the suite: change lines of syncbn.torch at random.")
-    changed.add_argument("--count", type=_positive, default=20, help="default 20")
-    changed.add_argument("--seed", type=int, default=0, help="default 0")
-    changed.add_argument("--kind", action="append", choices=tuple(lines.KINDS))
-    changed.add_argument("--out", type=Path, default=_OUT / "lines.json")
-    for judging in (wrong, changed):
-        add_ranks(judging)
-        add_profile(judging)
-    known = add("failures", _failures, "Write which cases ask about which known failure.")
-    known.add_argument("--out", type=Path, default=Path("docs/failure-modes.md"))
-    calibration = add("study", _study, "Calibrate the bound: sound and unsound layers, same data.")
-    add_ranks(calibration)
-    add_profile(calibration, "full")
-    calibration.add_argument("--out", type=Path, default=_OUT / "study.json")
-    calibration.add_argument("--document", type=Path, default=Path("docs/tolerances.md"))
     add("freeze", _freeze, "Write the must-pass lists of all profiles from the cases there are.")
     return parser
 
 
 if __name__ == "__main__":
-    # So that a run that is told to end leaves nothing behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,7 +1,7 @@
 """A case: one question to a layer, as a small JSON document. Its id is the hash of the question.
 
 A case names the clause it asks about, how the layer is built, the steps every rank takes and what
-is checked. It holds no arrays: ranks and controller generate them (conformance.data).
+is checked. It holds no arrays: ranks and controller generate them (syncbn.conformance.data).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-# What can be checked, beside expected errors; see conformance.verdict.
+from syncbn.conformance import ConformanceError
+
+# What can be checked, beside expected errors; see syncbn.conformance.verdict.
 CHECKS = (
     "y",
     "grad_input",
@@ -129,7 +131,6 @@ class Case:
     but for a negative running_var in channel 0. ddp: the layer is wrapped in the framework's data
     parallelism, which averages the gradients of its parameters over all ranks.
     error is the name of the exception type that the constructor must raise.
-    sources name known failures that the case would have caught; see conformance.failures.
     """
 
     clause: str
@@ -142,7 +143,6 @@ class Case:
     state: str = "random"
     ddp: bool = False
     error: str | None = None
-    sources: tuple[str, ...] = ()
     seed: int = 0
     deadline: float = 20.0
 
@@ -206,13 +206,13 @@ class Case:
 
     @property
     def id(self) -> str:
-        """12 hexadecimal digits of the SHA-256 of the document without its title and sources."""
-        asked = {key: v for key, v in self.document.items() if key not in ("title", "sources")}
+        """12 hexadecimal digits of the SHA-256 of the document without its title."""
+        asked = {key: v for key, v in self.document.items() if key != "title"}
         canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
-class CaseError(ValueError):
+class CaseError(ConformanceError, ValueError):
     """A document that is not a case."""
 
 

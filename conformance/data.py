@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from conformance.case import Case
+from syncbn.conformance.case import Case
 
 Array: TypeAlias = npt.NDArray[np.float64]
 

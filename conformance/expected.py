@@ -8,14 +8,14 @@ from typing import TypeAlias
 
 import numpy as np
 
-from conformance import data
-from conformance.case import Case, Groups
-from reference import Bounded, SyncBatchNorm, averaged
+from syncbn.conformance import data
+from syncbn.conformance.case import Case, Groups
+from syncbn.reference import Bounded, SyncBatchNorm, averaged
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One rank after one step, by the names of conformance.case.CHECKS.
+    """One rank after one step, by the names of syncbn.conformance.case.CHECKS.
 
     A value of None means that there must be none: a gradient that was not asked for, a statistic
     that is not tracked. A check that is missing is not defined for this step.

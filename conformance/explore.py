@@ -19,12 +19,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from conformance.case import CHECKS, Case, Step
-from conformance.cases import REGRESSIONS
-from conformance.expected import expect
-from conformance.pool import RankPool
-from conformance.verdict import Verdict, judge, judgeable
-from reports.table import replay_command
+from syncbn.conformance import ConformanceError
+from syncbn.conformance.case import CHECKS, Case, Step
+from syncbn.conformance.cases import REGRESSIONS
+from syncbn.conformance.expected import expect
+from syncbn.conformance.pool import RankPool
+from syncbn.conformance.verdict import Verdict, judge, judgeable
+from syncbn.reports.table import replay_command
 
 # Cases that share a seed. After so many, Hypothesis would begin to repeat itself in variations.
 _BATCH = 10
@@ -53,7 +54,7 @@ _CLAUSES = {
 }
 
 
-class ExploreError(RuntimeError):
+class ExploreError(ConformanceError, RuntimeError):
     """Exploration cannot start; the text says what to do."""
 
 
@@ -112,7 +113,7 @@ def explore(
         ExploreError: Hypothesis is not installed.
     """
     try:
-        from conformance import sequences
+        from syncbn.conformance import sequences
     except ModuleNotFoundError as error:
         raise ExploreError(
             f"Hypothesis draws the cases: pip install hypothesis ({error})"

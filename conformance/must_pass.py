@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from conformance.cases import PROFILES, catalogue
+from syncbn.conformance.cases import PROFILES, catalogue
 
 RANKS = (1, 2, 4, 8)
 FOLDER = Path(__file__).resolve().parent / "profiles"

@@ -23,11 +23,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
-from conformance import wire
-from conformance.case import Case
-from conformance.targets import Target, TargetError
-from conformance.wire import Message
-from launchers import LAUNCHERS, Job
+import syncbn
+from syncbn.conformance import wire
+from syncbn.conformance.case import Case
+from syncbn.conformance.targets import Target, TargetError
+from syncbn.conformance.wire import Message
+from syncbn.launchers import LAUNCHERS, Job
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _GRACE_SECONDS = 5.0  # for the peers of a rank that failed, to fail as well
@@ -84,7 +85,9 @@ class RankPool:
         """
         self.starts += 1
         key = secrets.token_bytes(32)
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(
+            Path(syncbn.__file__).resolve().parent.parent
+        )  # so that ranks import the same suite
         environment = {
             "SYNCBN_KEY": key.hex(),
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
@@ -93,7 +96,7 @@ class RankPool:
         with Listener(("127.0.0.1", 0), backlog=self.ranks, authkey=key) as listener:
             host, port = cast("tuple[str, int]", listener.address)
             environment["SYNCBN_CONTROLLER"] = f"{host}:{port}"
-            command = [sys.executable, "-m", "conformance.ranks.worker"]
+            command = [sys.executable, "-m", "syncbn.conformance.ranks.worker"]
             self._job = LAUNCHERS[self.launcher](command, self.ranks, environment)
             try:
                 self._connections = self._accept(listener)

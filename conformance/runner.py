@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 import syncbn
-from conformance import must_pass, verdict
-from conformance.case import Case
-from conformance.cases import why_none
-from conformance.clauses import CLAUSES
-from conformance.expected import expect
-from conformance.pool import RankPool, went_wrong
-from conformance.targets import Target
-from conformance.verdict import Verdict
+from syncbn.conformance import must_pass, verdict
+from syncbn.conformance.case import Case
+from syncbn.conformance.cases import why_none
+from syncbn.conformance.clauses import CLAUSES
+from syncbn.conformance.expected import expect
+from syncbn.conformance.pool import RankPool, went_wrong
+from syncbn.conformance.targets import Target
+from syncbn.conformance.verdict import Verdict
 
 _RANK_IDS = "the target takes a ProcessGroup, whose rank ids are torch's to check"
 _ROOT = Path(__file__).resolve().parent.parent

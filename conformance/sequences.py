@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from conformance.case import Case, Data, ExpectedError, Groups, Step
+from syncbn.conformance.case import Case, Data, ExpectedError, Groups, Step
 
 T = TypeVar("T")
 Choices: TypeAlias = dict[str, Any]

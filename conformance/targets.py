@@ -6,8 +6,10 @@ import importlib.util
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from syncbn.conformance import ConformanceError
 
-class TargetError(ValueError):
+
+class TargetError(ConformanceError, ValueError):
     """A target that cannot be judged: no such name, no such class, or it cannot be built."""
 
 
@@ -17,8 +19,9 @@ class Target:
 
     rung says what the results stand for: `device` is the layer itself on the device named. On cpu
     some stand for Ascend: `substituted`, with stand-ins for kernels that only Ascend has
-    (conformance.ranks.substitutes for MindSpore, .aclnn for PyTorch); `twin`, with our kernels as
-    Ascend's compiler lowered them; `interpreted`, with our kernels in Triton's interpreter.
+    (syncbn.conformance.ranks.substitutes for MindSpore, .aclnn for PyTorch); `twin`, with our
+    kernels as Ascend's compiler lowered them; `interpreted`, with our kernels in Triton's
+    interpreter.
     mode: how MindSpore runs it, one of MODES; None for a framework that knows but one way.
     rank_ids: whether process_group may be a list of rank ids (the documented ERR-5 needs it).
     """

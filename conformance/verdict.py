@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from conformance.case import Case, Step
-from conformance.clauses import CLAUSES
-from conformance.expected import Expectations, Expected
-from conformance.pool import Outcome
-from conformance.wire import Message
-from reference import Bounded
+from syncbn.conformance.case import Case, Step
+from syncbn.conformance.clauses import CLAUSES
+from syncbn.conformance.expected import Expectations, Expected
+from syncbn.conformance.pool import Outcome
+from syncbn.conformance.wire import Message
+from syncbn.reference import Bounded
 
 # Room for sums in blocks of up to 128 values, whose errors may align; see test_bounds.py.
 THRESHOLD = 3.0

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
 from syncbn.kernels.plan import CHANNELS, Plan, plan
 from syncbn.kernels.variants import Variant
-from torch import Tensor
 
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

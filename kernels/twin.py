@@ -2,8 +2,8 @@
 layer.
 
 It is no way to train. It lets the whole conformance suite run on what triton-ascend makes of the
-kernels. `python -m syncbn.kernels check` compiles it (`ladder.twin`); to run it takes only the
-library.
+kernels. `python -m audit kernels check` compiles it (`audit.ladder.twin`); to run it takes only
+the library.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from syncbn.kernels.operations import Operations
-from syncbn.kernels.variants import Variant
 from torch import Tensor
 
-_HERE = Path(__file__).parent
+from syncbn.kernels.operations import Operations
+from syncbn.kernels.variants import Variant
+
+_HERE = Path(__file__).resolve().parent  # the directory itself, also through syncbn/kernels
 LIBRARY = _HERE.parent / ".toolchain" / "twin.so"
 
 # Few, for they take turns on the CPU; more than one, so that kernels share their work.
@@ -26,9 +27,8 @@ _PROGRAMS = 3
 
 
 def sources() -> str:
-    """A hash of what the twin is compiled from, and by which versions of the tools."""
-    ladder = (f"ladder/{name}.py" for name in ("lowered", "toolchain", "twin"))
-    files = ("leaf.py", "plan.py", "variants.py", *ladder)
+    """A hash of the kernels that the twin is compiled from."""
+    files = ("leaf.py", "plan.py", "variants.py")
     return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in files)).hexdigest()
 
 

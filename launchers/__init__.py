@@ -1,7 +1,7 @@
 """How rank processes start. A launcher starts one command on every rank and gives a Job to hold.
 
-The command dials the controller by itself (conformance.ranks.worker), so launchers differ only in
-how processes come to life, not in how they are spoken to.
+The command dials the controller by itself (syncbn.conformance.ranks.worker), so launchers differ
+only in how processes come to life, not in how they are spoken to.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from launchers import local, msrun
+from syncbn.launchers import local, msrun
 
 
 class Job(Protocol):

@@ -1,6 +1,6 @@
 """The oracle: SyncBatchNorm in float64 NumPy, with an error bound beside every value."""
 
-from reference.bounds import Bounded, Precision
-from reference.layer import Gradients, SyncBatchNorm, averaged
+from syncbn.reference.bounds import Bounded, Precision
+from syncbn.reference.layer import Gradients, SyncBatchNorm, averaged
 
 __all__ = ["Bounded", "Gradients", "Precision", "SyncBatchNorm", "averaged"]

@@ -63,7 +63,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reference.formulas import Array, column
+from syncbn.reference.formulas import Array, column
 
 _UNIT_ROUNDOFF = {
     "float16": 2.0**-11,

@@ -1,7 +1,7 @@
 """One process group's SyncBatchNorm on lists of shards: values, gradients and running statistics.
 
 Shard r is what rank r of the group would be given: float64, shape (N_r, C, *S_r), with N_r and
-S_r of its own; a shard may be empty. Every result comes with its bound (reference.bounds).
+S_r of its own; a shard may be empty. Every result comes with its bound (syncbn.reference.bounds).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reference import bounds, formulas
-from reference.bounds import Bounded, Precision, Statistics
-from reference.formulas import Array
+from syncbn.reference import bounds, formulas
+from syncbn.reference.bounds import Bounded, Precision, Statistics
+from syncbn.reference.formulas import Array
 
 
 @dataclass(frozen=True)

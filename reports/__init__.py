@@ -8,11 +8,12 @@ conformance runner builds it and saves it when a run ends; here it is checked, k
 never judged again. Nothing else of the repository is imported, so that a report can be read
 without a framework.
 
-`python -m reports show FILE` prints the table of a report, `findings FILE...` writes a document.
+`python -m syncbn.reports show FILE` prints the table of a report, `findings FILE...` writes a
+document.
 """
 
-from reports.document import SCHEMA, Report, ReportError, load, save, validate
-from reports.findings import findings
-from reports.table import summarize
+from syncbn.reports.document import SCHEMA, Report, ReportError, load, save, validate
+from syncbn.reports.findings import findings
+from syncbn.reports.table import summarize
 
 __all__ = ["SCHEMA", "Report", "ReportError", "findings", "load", "save", "summarize", "validate"]

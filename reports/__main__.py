@@ -1,4 +1,4 @@
-"""The command line: python -m reports show FILE, or findings FILE..."""
+"""The command line: python -m syncbn.reports show FILE, or findings FILE..."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from reports import ReportError, findings, load, summarize
-from reports.document import Report
+from syncbn.reports import ReportError, findings, load, summarize
+from syncbn.reports.document import Report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _findings(options: argparse.Namespace) -> None:
-    command = shlex.join(["python", "-m", "reports", "findings", *map(str, options.files)])
+    command = shlex.join(["python", "-m", "syncbn.reports", "findings", *map(str, options.files)])
     text = findings([_load(path) for path in options.files], command)
     if options.out is None:
         print(text, end="")
@@ -44,7 +44,7 @@ def _load(path: Path) -> Report:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m reports", description="Show what the conformance suite wrote."
+        prog="python -m syncbn.reports", description="Show what the conformance suite wrote."
     )
     commands = parser.add_subparsers(title="commands", required=True)
     show = commands.add_parser(

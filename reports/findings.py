@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from reports.document import Report, ReportError
-from reports.table import replay_command
+from syncbn.reports.document import Report, ReportError
+from syncbn.reports.table import replay_command
 
 _SHOWN = 4  # failing cases of a clause and a run
 _RUNGS = {

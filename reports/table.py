@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from reports.document import Report
+from syncbn.reports.document import Report
 
 _STYLES = {
     "pass": "green",
@@ -197,7 +197,7 @@ def _failing_cases(report: Report, clause: Any) -> list[Any]:
 def replay_command(report: Report, case: Any) -> str:
     """The command that runs a case of a report again."""
     target = report["target"]
-    command = ["python", "-m", "conformance", "replay", case["id"], "--target", target["name"]]
+    command = ["syncbn-conformance", "replay", case["id"], "--target", target["name"]]
     for option, default in (("device", "cpu"), ("backend", "auto"), ("mode", "pynative")):
         if target[option] not in (None, default):
             command += [f"--{option}", target[option]]

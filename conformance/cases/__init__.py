@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conformance.case import Case, load
-from conformance.cases import (  # noqa: F401  # importing them registers their cases
+from syncbn.conformance.case import Case, load
+from syncbn.conformance.cases import (  # noqa: F401  # importing them registers their cases
     construction,
     errors,
     evaluation,
@@ -20,9 +20,8 @@ from conformance.cases import (  # noqa: F401  # importing them registers their 
     statistics,
     sweeps,
 )
-from conformance.cases.build import BUILDERS, SWEEPS
-from conformance.clauses import CLAUSES
-from conformance.failures import tagged
+from syncbn.conformance.cases.build import BUILDERS, SWEEPS
+from syncbn.conformance.clauses import CLAUSES
 
 # Each holds the ones before it.
 PROFILES = ("smoke", "certify", "full")
@@ -42,7 +41,7 @@ def catalogue(ranks: int, profile: str = "full") -> list[Case]:
         drafts = list(BUILDERS[clause](ranks)) if clause in BUILDERS else []
         if profile == "full" and clause in SWEEPS:
             drafts += SWEEPS[clause](ranks)
-        cases = [tagged(Case(clause=clause, ranks=ranks, **draft)) for draft in drafts]
+        cases = [Case(clause=clause, ranks=ranks, **draft) for draft in drafts]
         cases += [case for case in known if case.clause == clause]
         for case in cases[:1] if profile == "smoke" else cases:
             found.setdefault(case.id, case)
@@ -50,7 +49,7 @@ def catalogue(ranks: int, profile: str = "full") -> list[Case]:
 
 
 def regressions(ranks: int) -> list[Case]:
-    """The cases on this many ranks that once showed a fault; see conformance.explore."""
+    """The cases on this many ranks that once showed a fault; see syncbn.conformance.explore."""
     cases = [load(json.loads(path.read_text())) for path in sorted(REGRESSIONS.glob("*.json"))]
     return [case for case in cases if case.ranks == ranks]
 

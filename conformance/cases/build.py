@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
-from conformance.case import Step
+from syncbn.conformance.case import Step
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
 Draft: TypeAlias = dict[str, Any]  # the fields of a Case, but for its clause and ranks

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from conformance.case import Step
-from conformance.cases.build import GRADIENTS, MOVED, Draft, asks, case, uneven
+from syncbn.conformance.case import Step
+from syncbn.conformance.cases.build import GRADIENTS, MOVED, Draft, asks, case, uneven
 
 
 @asks("CTOR-1")

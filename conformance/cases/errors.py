@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from conformance.case import ExpectedError, Step
-from conformance.cases.build import MOVED, Draft, asks, case, even, uneven
+from syncbn.conformance.case import ExpectedError, Step
+from syncbn.conformance.cases.build import MOVED, Draft, asks, case, even, uneven
 
 
 @asks("ERR-6")

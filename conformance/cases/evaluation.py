@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from conformance.case import Step
-from conformance.cases.build import GRADIENTS, RUNNING, Draft, asks, case, even, holes, uneven
+from syncbn.conformance.case import Step
+from syncbn.conformance.cases.build import (
+    GRADIENTS,
+    RUNNING,
+    Draft,
+    asks,
+    case,
+    even,
+    holes,
+    uneven,
+)
 
 
 @asks("EVAL-1")

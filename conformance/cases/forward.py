@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from conformance.case import Data, Step
-from conformance.cases.build import (
+from syncbn.conformance.case import Data, Step
+from syncbn.conformance.cases.build import (
     MOVED,
     Draft,
     Shapes,

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from conformance.case import Data, Step
-from conformance.cases.build import (
+from syncbn.conformance.case import Data, Step
+from syncbn.conformance.cases.build import (
     ALL,
     GRADIENTS,
     RUNNING,

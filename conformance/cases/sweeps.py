@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from conformance.case import Data, ExpectedError, Groups, Step
-from conformance.cases.build import (
+from syncbn.conformance.case import Data, ExpectedError, Groups, Step
+from syncbn.conformance.cases.build import (
     ALL,
     GRADIENTS,
     MOVED,

@@ -1,7 +1,7 @@
 """What a rank does with a case whatever its framework: build the layer, take the steps, answer.
 
-The answer holds facts as JSON values and named arrays; see conformance.verdict for how they are
-judged. Only what is written here in terms of an abstract method is the framework's.
+The answer holds facts as JSON values and named arrays; syncbn.conformance.verdict judges them.
+What depends on the framework is an abstract method.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from conformance import data
-from conformance.case import Case, Step
+from syncbn.conformance import data
+from syncbn.conformance.case import Case, Step
 
 NO_FLOAT64 = "Ascend and its kernels have no float64"
 
@@ -41,7 +41,7 @@ class FrameworkRank(ABC):
     """Builds the target's layer with the documented arguments only, and calls it on tensors.
 
     Args:
-        target: a conformance.targets.Target as a document.
+        target: a syncbn.conformance.targets.Target as a document.
         rank, ranks: the place of this process, and how many there are.
         framework: the module of the framework, for the dtypes that it names.
 
@@ -266,7 +266,7 @@ class FrameworkRank(ABC):
         }
 
     def _literal(self, name: str, value: Any) -> Any:
-        """The Python value of a literal of a case; see conformance.case."""
+        """The Python value of a literal of a case; see syncbn.conformance.case."""
         if isinstance(value, dict) and "float" in value:
             return float(value["float"])
         if isinstance(value, dict) and "numpy" in value:

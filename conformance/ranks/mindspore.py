@@ -25,9 +25,9 @@ from mindspore.mint import distributed as dist
 from mindspore.ops.auto_generate import gen_ops_prim
 from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-from conformance.case import Case, Step
-from conformance.ranks import substitutes
-from conformance.ranks.base import NO_FLOAT64, FrameworkRank
+from syncbn.conformance.case import Case, Step
+from syncbn.conformance.ranks import substitutes
+from syncbn.conformance.ranks.base import NO_FLOAT64, FrameworkRank
 
 T = TypeVar("T")
 

@@ -19,9 +19,9 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, but not
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from conformance.case import Case, Step
-from conformance.ranks import aclnn
-from conformance.ranks.base import NO_FLOAT64, FrameworkRank
+from syncbn.conformance.case import Case, Step
+from syncbn.conformance.ranks import aclnn
+from syncbn.conformance.ranks.base import NO_FLOAT64, FrameworkRank
 
 T = TypeVar("T")
 

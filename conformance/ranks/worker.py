@@ -1,7 +1,7 @@
 """A rank: dials the controller, then runs one job after the other until the line is cut.
 
-Started by a launcher as `python -m conformance.ranks.worker` with RANK, WORLD_SIZE and LOCAL_RANK
-as torchrun sets them, and SYNCBN_CONTROLLER (host:port) and SYNCBN_KEY (hexadecimal).
+A launcher starts it as `python -m syncbn.conformance.ranks.worker` with RANK, WORLD_SIZE and
+LOCAL_RANK as torchrun sets them, and SYNCBN_CONTROLLER (host:port) and SYNCBN_KEY (hexadecimal).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from conformance import wire
-from conformance.case import Case, load
+from syncbn.conformance import wire
+from syncbn.conformance.case import Case, load
 
 
 class Rank(Protocol):
@@ -46,7 +46,7 @@ class Rank(Protocol):
 
 
 def serve(connection: Connection, rank: int, ranks: int, local_rank: int) -> None:
-    """Answer the controller's messages; see conformance.pool for the protocol."""
+    """Answer the controller's messages; see syncbn.conformance.pool for the protocol."""
     jobs: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, jobs), daemon=True).start()
     member: Rank | None = None
@@ -84,7 +84,7 @@ def _listen(connection: Connection, jobs: queue.SimpleQueue[wire.Message]) -> No
 
 def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Rank:
     if target["framework"] == "torch":
-        from conformance.ranks.torch import TorchRank
+        from syncbn.conformance.ranks.torch import TorchRank
 
         return TorchRank(target, rank, ranks, local_rank)
     if importlib.util.find_spec("mindspore") is None:
@@ -93,7 +93,7 @@ def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Ran
         )
     os.environ.setdefault("GLOG_v", "3")  # errors only, or MindSpore writes pages of warnings
     os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # not into the user's directory
-    from conformance.ranks.mindspore import MindSporeRank
+    from syncbn.conformance.ranks.mindspore import MindSporeRank
 
     return MindSporeRank(target, rank, ranks, local_rank)
 

@@ -1,0 +1,141 @@
+"""The command line of the audit: judge the suite and the kernels. It needs a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from audit import failures, ladder, mutate, study
+from audit.mutants import run as mutants
+from audit.mutants.found import FRAMEWORKS
+from syncbn.conformance import ConformanceError
+from syncbn.conformance.cases import PROFILES, catalogue
+
+_OUT = Path("reports/out")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 if the audit holds, 1 if not, 2 for bad input, 130 if interrupted."""
+    options = _parser().parse_args(arguments)
+    # SIGTERM unwinds like Ctrl-C, so that a run which is ended leaves no rank behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status: int = options.command(options)
+        return status
+    except (ConformanceError, OSError) as error:
+        print(f"python -m audit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("python -m audit: interrupted", file=sys.stderr)
+        return 130
+
+
+def _mutants(options: argparse.Namespace) -> int:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    return mutants.main(
+        frameworks=options.framework or FRAMEWORKS,
+        names=options.mutant,
+        ranks=options.ranks,
+        seeds=options.seeds,
+        only_declared=options.declared,
+        profile=options.profile,
+        out=options.out,
+        page=options.document,
+        console=Console() if sys.stdout.isatty() else Console(width=120),
+    )
+
+
+def _mutate(options: argparse.Namespace) -> int:
+    return mutate.main(
+        count=options.count,
+        seed=options.seed,
+        kinds=options.kind or ("swap",),
+        ranks=options.ranks,
+        profile=options.profile,
+        out=options.out,
+    )
+
+
+def _failures(options: argparse.Namespace) -> int:
+    failures.write(options.out, catalogue(4, "certify"))
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    return study.main(
+        ranks=options.ranks,
+        profile=options.profile,
+        out=options.out,
+        document=options.document,
+        console=Console() if sys.stdout.isatty() else Console(width=120),
+    )
+
+
+def _kernels_install(_: argparse.Namespace) -> int:
+    ladder.install()
+    return 0
+
+
+def _kernels_check(options: argparse.Namespace) -> int:
+    return 0 if ladder.check(options.rungs) else 1
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m audit", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_cases(sub: argparse.ArgumentParser, profile: str) -> None:
+        sub.add_argument("--ranks", type=_positive, default=4, help="default 4")
+        sub.add_argument("--profile", default=profile, choices=PROFILES, help=f"default {profile}")
+
+    planted = add("mutants", _mutants, "Run the suite on layers with one planted fault each.")
+    planted.add_argument("mutant", nargs="*", help="names (default all)")
+    planted.add_argument("--framework", action="append", choices=FRAMEWORKS)
+    planted.add_argument("--seeds", type=_positive, default=3, help="default 3")
+    planted.add_argument(
+        "--declared", action="store_true", help="run only the clauses in which a mutant must die"
+    )
+    planted.add_argument("--out", type=Path, default=_OUT / "mutants.json")
+    planted.add_argument("--document", type=Path, help="a page to put the table into")
+    add_cases(planted, "certify")
+    changed = add("mutate", _mutate, "Run the suite on random changes to syncbn.torch.")
+    changed.add_argument("--count", type=_positive, default=20, help="default 20")
+    changed.add_argument("--seed", type=int, default=0, help="default 0")
+    changed.add_argument("--kind", action="append", choices=tuple(mutate.KINDS))
+    changed.add_argument("--out", type=Path, default=_OUT / "mutate.json")
+    add_cases(changed, "certify")
+    known = add("failures", _failures, "Write which cases would have caught which known failure.")
+    known.add_argument("--out", type=Path, default=Path("docs/failure-modes.md"))
+    calibration = add("study", _study, "Calibrate the bound on sound and unsound layers.")
+    calibration.add_argument("--out", type=Path, default=_OUT / "study.json")
+    calibration.add_argument("--document", type=Path, default=Path("docs/tolerances.md"))
+    add_cases(calibration, "full")
+    kernels = commands.add_parser("kernels", help="Prove the Triton kernels without a device.")
+    steps = kernels.add_subparsers(required=True, metavar="STEP")
+    install = steps.add_parser("install", help="fetch the tools into .toolchain (2.5 GB)")
+    install.set_defaults(command=_kernels_install)
+    check = steps.add_parser("check", help="run the rungs; exit status 0 if every rung holds")
+    check.add_argument("--rungs", nargs="+", choices=ladder.RUNGS, default=list(ladder.RUNGS))
+    check.set_defaults(command=_kernels_check)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Rung `twin`: what triton-ascend lowered the kernels to, compiled for this CPU.
+
+    linalg --mlir-opt--> LLVM dialect --mlir-translate--> LLVM IR --llc--> object --cc--> one
+    library
+
+It shows that the lowering computes the right thing: masks, offsets, reductions. It says nothing of
+what bishengir-compile or the device do.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from audit.ladder import toolchain
+
+# One thread, for several kernels are compiled at a time.
+_OPTIONS = ("-allow-unregistered-dialect", "--mlir-disable-threading")
+_PASSES = (
+    "--convert-elementwise-to-linalg",
+    "--one-shot-bufferize=allow-return-allocs-from-loops=true",
+    "--buffer-deallocation-pipeline",
+    "--convert-bufferization-to-memref",
+    "--convert-linalg-to-loops",
+    "--lower-affine",
+    "--expand-strided-metadata",
+    "--lower-affine",
+    "--convert-scf-to-cf",
+    "--convert-math-to-llvm",
+    "--convert-math-to-libm",
+    "--finalize-memref-to-llvm",
+    "--arith-expand",
+    "--convert-arith-to-llvm",
+    "--convert-index-to-llvm",
+    "--convert-cf-to-llvm",
+    "--convert-func-to-llvm",
+    "--reconcile-unrealized-casts",
+)
+
+# What compiled MLIR calls: a copy between two memrefs of one rank with any strides, each given by
+# its descriptor (allocated, aligned, offset, sizes[rank], strides[rank]); and a conversion to
+# bfloat16, rounding to nearest even, which C libraries have only of late.
+_RUNTIME = """
+#include <stdint.h>
+#include <string.h>
+
+const char *twin_sources = "%s";
+
+typedef struct { int64_t rank; int64_t *descriptor; } unranked;
+
+static void copy(int64_t bytes, int64_t rank, const char *from, const int64_t *from_strides,
+                 char *to, const int64_t *to_strides, const int64_t *sizes) {
+  if (rank == 0) { memcpy(to, from, bytes); return; }
+  if (rank == 1 && from_strides[0] == 1 && to_strides[0] == 1) {
+    memcpy(to, from, bytes * sizes[0]);
+    return;
+  }
+  for (int64_t i = 0; i < sizes[0]; i++)
+    copy(bytes, rank - 1, from + i * from_strides[0] * bytes, from_strides + 1,
+         to + i * to_strides[0] * bytes, to_strides + 1, sizes + 1);
+}
+
+void memrefCopy(int64_t bytes, unranked *from, unranked *to) {
+  int64_t rank = from->rank, *f = from->descriptor, *t = to->descriptor;
+  copy(bytes, rank, (char *)f[1] + f[2] * bytes, f + 3 + rank,
+       (char *)t[1] + t[2] * bytes, t + 3 + rank, f + 3);
+}
+
+_Float16 __truncsfbf2(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  uint16_t half = (bits & 0x7fffffff) > 0x7f800000
+      ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  _Float16 result;
+  memcpy(&result, &half, 2);
+  return result;
+}
+"""
+
+
+class NotCompiled(Exception):
+    """One of the tools did not take its input."""
+
+
+def build(lowered: dict[str, str], sources: str, library: Path) -> None:
+    """Compile linalg modules of one function each into a library, each under its key's name.
+
+    Args:
+        sources: what the library says that it was made from.
+    """
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        work = Path(folder)
+        with ThreadPoolExecutor() as threads:  # waiting for the tools, which use the processors
+            made_of = [threads.submit(_object, *item, work) for item in lowered.items()]
+            objects = [future.result() for future in made_of]
+        (work / "runtime.c").write_text(_RUNTIME % sources)
+        made = work / "twin.so"
+        c = [toolchain.c_compiler(), "-O2", "-shared", "-fPIC", "-o", str(made)]
+        _run(*c, str(work / "runtime.c"), *map(str, objects), "-lm")
+        made.rename(library)
+
+
+def _object(symbol: str, linalg: str, work: Path) -> Path:
+    source, dialect, ir, made = (work / f"{symbol}{end}" for end in (".mlir", ".llvm", ".ll", ".o"))
+    linalg = re.sub(r"(func\.func\s+@)\w+", rf"\g<1>{symbol}", linalg)
+    source.write_text(linalg.replace(" {hivm.unlikely_condition}", ""))
+    _run(toolchain.llvm("mlir-opt"), str(source), *_OPTIONS, *_PASSES, "-o", str(dialect))
+    _run(toolchain.llvm("mlir-translate"), "--mlir-to-llvmir", str(dialect), "-o", str(ir))
+    # A function that MLIR adds to modules, and would be there several times in one library.
+    public = "define void @dealloc_helper"
+    ir.write_text(ir.read_text().replace(public, public.replace("define", "define internal")))
+    options = ("-O2", "-filetype=obj", "-relocation-model=pic")
+    _run(toolchain.llvm("llc"), *options, str(ir), "-o", str(made))
+    return made
+
+
+def _run(*command: str) -> None:
+    environment = toolchain.llvm_environment()
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise NotCompiled(f"{Path(command[0]).name}: {run.stderr.strip()[:500]}")

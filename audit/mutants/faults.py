@@ -1,0 +1,926 @@
+"""The mutants: layers with exactly one planted bug each, most of them somebody's real one.
+
+A docstring says what is wrong and, after `Source:`, who got it wrong, written as in
+audit.failures; or `derived from` a file here, if nobody is known to have. `dies_in` names the
+clauses in each of which the suite must find the bug; it may die in others as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+
+from audit.mutants.layer import (
+    DIFFERENTIATE,
+    IDLE,
+    Alone,
+    Array,
+    Plain,
+    Ranks,
+    Saved,
+    State,
+    Statistics,
+    rows,
+)
+
+
+class Fault(Plain):
+    """What mutants have in common: they know the latest forward's input, its dtype and group."""
+
+    dies_in: ClassVar[tuple[str, ...]] = ()
+    frameworks: ClassVar[tuple[str, ...]] = ("torch", "mindspore")
+
+    x: Array
+    dtype: str
+    group: Ranks
+
+    def forward(
+        self,
+        x: Array,
+        dtype: str,
+        state: State,
+        ranks: Ranks,
+        training: bool,
+        differentiates: bool,
+    ) -> tuple[Array, Saved]:
+        self.x, self.dtype, self.group = x, dtype, ranks
+        return super().forward(x, dtype, state, ranks, training, differentiates)
+
+    @property
+    def half(self) -> bool:
+        return self.dtype in ("float16", "bfloat16")
+
+    @property
+    def count(self) -> int:
+        """How many values per channel this rank has."""
+        return self.x.size // self.num_features
+
+
+# --- statistics of the group --------------------------------------------------------------------
+
+
+class LocalStatistics(Fault):
+    """Each rank normalizes with its own statistics.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-1", "STAT-3")
+
+    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
+        table = super().exchange(x, dtype, ranks, differentiates)
+        place = ranks.ranks.index(ranks.rank)
+        return table[place : place + 1]
+
+
+class EqualWeightMean(Fault):
+    """The mean is the mean of the ranks' means, whatever their counts.
+
+    Source: PaddlePaddle/Paddle#32464.
+    """
+
+    dies_in = ("FWD-3", "FWD-6")
+
+    def weights(self, counts: Array) -> Array:
+        return np.full_like(counts, 1 / len(counts))
+
+
+class WeighsImages(Fault):
+    """The weight of a rank is its batch size, whatever the size of its images.
+
+    Source: facebookresearch/detectron2: detectron2/layers/batch_norm.py, stats_mode N.
+    """
+
+    dies_in = ("FWD-3",)
+
+    def pack(self, x: Array, intention: int) -> Array:
+        message = super().pack(x, intention)
+        message[-2] = len(x)
+        return message
+
+
+class VarianceWithinRanks(Fault):
+    """The variance is that of the ranks on average; how far their means are apart is left out.
+
+    Source: derived from reference/bounds.py.
+    """
+
+    dies_in = ("FWD-1", "STAT-2")
+
+    def merge_variances(self, weights: Array, away: Array, variances: Array) -> Array:
+        return (weights * variances).sum(axis=0)
+
+
+class CountInFloat16(Fault):
+    """Counts are rounded to float16 on their way: 2049 becomes 2048, 65520 infinity.
+
+    Source: pytorch/pytorch#70901.
+    """
+
+    dies_in = ("NUM-3",)
+
+    def pack(self, x: Array, intention: int) -> Array:
+        message = super().pack(x, intention)
+        message[-2] = np.float16(message[-2])
+        return message
+
+
+class EmptyRankCountsOne(Fault):
+    """A rank without data sends zeros that count as one value.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-4",)
+
+    def pack(self, x: Array, intention: int) -> Array:
+        message = super().pack(x, intention)
+        message[-2] = max(message[-2], 1)
+        return message
+
+
+class EmptyRankSendsNaN(Fault):
+    """A rank without data sends NaN, in the hope that a weight of 0 makes nothing of it.
+
+    Source: hicann/ops-math: math/reduce_std_with_mean/docs/aclnnBatchNormStats.md.
+    """
+
+    dies_in = ("FWD-4",)
+
+    def pack(self, x: Array, intention: int) -> Array:
+        message = super().pack(x, intention)
+        message[:-2] = message[:-2] if x.size else np.nan
+        return message
+
+
+class GathersTwice(Fault):
+    """The counts go round in a collective of their own.
+
+    Source: pytorch/pytorch#38246; pytorch/pytorch#36452.
+    """
+
+    dies_in = ("COMM-1",)
+
+    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
+        table = super().exchange(x, dtype, ranks, differentiates)
+        counts = ranks.all_gather(np.array([float(self.count)]))
+        return np.concatenate([table[:, :-2], counts, table[:, -1:]], axis=1)
+
+
+class IgnoresProcessGroup(Fault):
+    """The collectives run over all ranks, whatever the process group.
+
+    Source: pytorch/pytorch#38874; open-mmlab/mmcv#427.
+    """
+
+    dies_in = ("FWD-5",)
+
+    def forward(self, x: Array, dtype: str, state: State, ranks: Ranks, *rest: Any) -> Any:
+        return super().forward(x, dtype, state, ranks.world, *rest)
+
+
+class StaleStatistics(Fault):
+    """A step normalizes with the statistics of the step before it.
+
+    Source: derived from syncbn/torch/layer.py.
+    """
+
+    dies_in = ("TRACK-1",)
+
+    latest: Statistics | None = None
+
+    def train(self, *step: Any) -> Statistics:
+        stale, self.latest = self.latest, super().train(*step)
+        return stale or self.latest
+
+
+class RankOrder(Fault):
+    """Each rank merges the statistics from its own on, so that ranks round differently.
+
+    Source: facebookresearch/detectron2#5398.
+    """
+
+    dies_in = ("STAT-3",)
+
+    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
+        table = super().exchange(x, dtype, ranks, differentiates)
+        return np.roll(table, -ranks.ranks.index(ranks.rank), axis=0)
+
+
+class NewGroupEveryStep(Fault):
+    """Every forward makes a communicator of its own.
+
+    Source: NVIDIA/apex#105; NVIDIA/apex#113.
+    """
+
+    dies_in = ("COMM-1",)
+    frameworks = ("torch",)
+
+    def forward(self, x: Array, dtype: str, state: State, ranks: Ranks, *rest: Any) -> Any:
+        import torch.distributed as dist
+
+        dist.new_group(list(ranks.ranks), use_local_synchronization=True)
+        return super().forward(x, dtype, state, ranks, *rest)
+
+
+# --- local statistics ---------------------------------------------------------------------------
+
+
+class OnePassVariance(Fault):
+    """var = mean(x^2) - mean^2.
+
+    Source: tensorflow/tensorflow#3290; keras-team/keras#18795.
+    """
+
+    dies_in = ("NUM-1",)
+
+    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+        values = rows(x)
+        mean = values.mean(axis=1)
+        return mean, np.square(values).mean(axis=1) - np.square(mean)
+
+
+class OnePassInFloat16(Fault):
+    """The statistics of a float16 or bfloat16 input add up in float16.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("NUM-2",)
+
+    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+        if not self.half:
+            return super().local_statistics(x)
+        values = rows(x).astype(np.float16)
+        mean = values.mean(axis=1, dtype=np.float16)
+        var = np.square(values).mean(axis=1, dtype=np.float16) - np.square(mean)
+        return mean.astype(x.dtype), var.astype(x.dtype)
+
+
+class RunningSum(Fault):
+    """Sums are formed one value after the other.
+
+    Source: pytorch/pytorch: aten/src/ATen/native/cpu/batch_norm_kernel.cpp, channels_last.
+    """
+
+    dies_in = ("NUM-1",)
+
+    def sum(self, values: Array) -> Array:
+        return np.cumsum(values, axis=1)[:, -1] if values.size else super().sum(values)
+
+
+class SumOfSquaresOverflows(Fault):
+    """Squares add up as they are: at a scale of 1e18 their sum overflows, the variance would not.
+
+    Source: pytorch/pytorch#162489; pytorch/pytorch#178123.
+    """
+
+    dies_in = ("NUM-1",)
+
+    def mean_square(self, values: Array) -> Array:
+        return np.square(values).sum(axis=1) / values.shape[1]
+
+
+class VarianceFromInvstd(Fault):
+    """A rank keeps 1 / sqrt(var + eps), and var is rebuilt as 1 / invstd^2 - eps.
+
+    Source: pytorch/pytorch: aten/src/ATen/native/cuda/Normalization.cuh, eps.
+    """
+
+    dies_in = ("NUM-1",)
+
+    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+        mean, var = super().local_statistics(x)
+        return mean, 1 / np.square(self.invstd(var)) - self.eps
+
+
+class ConstantShardOverflows(Fault):
+    """With eps=0.0 the invstd of a channel that is constant on a rank is 0, its variance infinite.
+
+    Source: pytorch/pytorch: aten/src/ATen/native/cuda/Normalization.cuh, invstd = 0.
+    """
+
+    dies_in = ("NUM-1",)
+
+    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+        mean, var = super().local_statistics(x)
+        return mean, np.where(var + self.eps == 0, np.inf, var)
+
+
+class ReshapesChannels(Fault):
+    """The channels of (N, C) and (N, C, +) are taken to come first in memory.
+
+    Source: fangwei123456/spikingjelly#393.
+    """
+
+    dies_in = ("FWD-1", "FWD-2")
+
+    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+        return super().local_statistics(x.reshape(self.num_features, -1, 1).swapaxes(0, 1))
+
+
+class DropsTail(Fault):
+    """In channels_last input, values beyond the last multiple of 4 of a channel are left out.
+
+    Source: NVIDIA/apex#1768; pytorch/pytorch#57077.
+    """
+
+    dies_in = ("FWD-7",)
+    frameworks = ("torch",)  # a MindSpore tensor has no channels_last memory in NumPy
+
+    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+        values = rows(x)
+        kept = max(4, values.shape[1] // 4 * 4) if _channels_last(x) else None
+        return super().local_statistics(values[np.newaxis, :, :kept])
+
+
+class LeaksNaN(Fault):
+    """A factor of 0 instead of a mask: what is not finite in one channel is NaN in all.
+
+    Source: pytorch/pytorch#78656.
+    """
+
+    dies_in = ("NUM-4",)
+
+    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+        mean, var = super().local_statistics(x)
+        return mean + 0 * x.sum(), var
+
+
+class AddsInAnyOrder(Fault):
+    """Values are added in an order that changes from call to call, as by atomic additions.
+
+    Source: hicann/ops-nn: norm/batch_norm_elemt/docs/aclnnBatchNormElemt.md.
+    """
+
+    dies_in = ("FWD-6",)
+
+    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+        return super().local_statistics(np.random.default_rng().permutation(rows(x)[np.newaxis], 2))
+
+
+# --- normalization ------------------------------------------------------------------------------
+
+
+class EpsClamp(Fault):
+    """invstd = 1 / sqrt(max(var, eps)).
+
+    Source: vacancy/Synchronized-BatchNorm-PyTorch#38.
+    """
+
+    dies_in = ("FWD-1", "NUM-1")
+
+    def invstd(self, var: Array) -> Array:
+        return 1 / np.sqrt(np.maximum(var, self.eps))
+
+
+class EpsOutsideRoot(Fault):
+    """invstd = 1 / (sqrt(var) + eps).
+
+    Source: derived from reference/formulas.py.
+    """
+
+    dies_in = ("FWD-1", "EVAL-1")
+
+    def invstd(self, var: Array) -> Array:
+        return 1 / (np.sqrt(var) + self.eps)
+
+
+class AbsoluteWeight(Fault):
+    """The weight counts without its sign.
+
+    Source: mapillary/inplace_abn: modules/src/inplace_abn_cpu.cpp, abs(weight) + eps.
+    """
+
+    dies_in = ("FWD-1",)
+
+    def scale(self, var: Array, weight: Array | None) -> Array:
+        return super().scale(var, None if weight is None else np.abs(weight))
+
+
+class ModifiesInput(Fault):
+    """The caller's tensor is centred in place.
+
+    Source: open-mmlab/mmdetection3d#1435.
+    """
+
+    dies_in = ("FWD-2",)
+
+    def normalize(
+        self, x: Array, stats: Statistics, weight: Array | None, bias: Array | None
+    ) -> Array:
+        y = super().normalize(x, stats, weight, bias)
+        x -= stats.mean.reshape(1, -1, *(1,) * (x.ndim - 2))
+        return y
+
+
+class Float32Output(Fault):
+    """y is float32 whatever the dtype of the input.
+
+    Source: pytorch/pytorch#98332.
+    """
+
+    dies_in = ("FWD-4",)
+    keeps_dtype = False
+
+
+class ContiguousOutput(Fault):
+    """y is contiguous whatever the memory format of the input.
+
+    Source: Ascend/pytorch: torch_npu/utils/syncbatchnorm.py, layout.
+    """
+
+    dies_in = ("FWD-2",)
+    frameworks = ("torch",)  # MindSpore has no memory format on CPU
+    keeps_format = False
+
+
+# --- running statistics -------------------------------------------------------------------------
+
+
+class LocalCount(Fault):
+    """running_var is made unbiased with the rank's own count.
+
+    Source: pytorch/pytorch#22192; NVIDIA/apex#387.
+    """
+
+    dies_in = ("STAT-2", "STAT-3")
+
+    def unbiased(self, var: Array, n: int) -> Array:
+        return super().unbiased(var, max(self.count, 2))
+
+
+class BiasedRunningVar(Fault):
+    """running_var takes the biased variance.
+
+    Source: pytorch/pytorch#40600; tensorflow/tensorflow#55545.
+    """
+
+    dies_in = ("STAT-2",)
+
+    def unbiased(self, var: Array, n: int) -> Array:
+        return var
+
+
+class MomentumSwapped(Fault):
+    """momentum is the weight of the past.
+
+    Source: mindspore-ai/mindspore_test: mindspore/python/mindspore/nn/layer/normalization.py.
+    """
+
+    dies_in = ("STAT-1", "STAT-2")
+
+    def factor(self, steps: int) -> float:
+        factor = super().factor(steps)
+        return factor if self.momentum is None else 1 - factor
+
+
+class MomentumNoneIsDefault(Fault):
+    """momentum=None means 0.1.
+
+    Source: pytorch/pytorch#31498.
+    """
+
+    dies_in = ("STAT-4",)
+
+    def factor(self, steps: int) -> float:
+        return 0.1 if self.momentum is None else self.momentum
+
+
+class MomentumNoneIsZero(Fault):
+    """momentum=None means 0.
+
+    Source: pytorch/pytorch#24995.
+    """
+
+    dies_in = ("STAT-4",)
+
+    def factor(self, steps: int) -> float:
+        return self.momentum or 0.0
+
+
+class ZeroDebias(Fault):
+    """The average is corrected for its start, as Adam's moments are.
+
+    Source: tensorflow/tensorflow: tensorflow/python/training/moving_averages.py, zero_debias.
+    """
+
+    dies_in = ("STAT-1",)
+
+    def factor(self, steps: int) -> float:
+        factor = super().factor(steps)
+        return factor / (1 - (1 - factor) ** steps) if factor else factor
+
+
+class NeverCounts(Fault):
+    """num_batches_tracked stays what it is.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("STAT-4", "STAT-5")
+
+    def track(self, state: State, stats: Statistics) -> None:
+        count = state.num_batches_tracked
+        super().track(state, stats)
+        state.num_batches_tracked = count
+
+
+class CountsInEval(Fault):
+    """num_batches_tracked counts every forward.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("STAT-5", "STAT-6")
+
+    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+        state.num_batches_tracked += 1
+        return super().evaluate(x, state, ranks)
+
+
+class CountsAbortedSteps(Fault):
+    """num_batches_tracked also counts a step that fails.
+
+    Source: pytorch/pytorch: torch/nn/modules/batchnorm.py, which counts before it checks.
+    """
+
+    dies_in = ("STAT-7", "ERR-9")
+
+    def train(self, x: Array, dtype: str, state: State, *rest: Any) -> Statistics:
+        try:
+            return super().train(x, dtype, state, *rest)
+        except Exception:
+            state.num_batches_tracked += 1
+            raise
+
+
+class TracksInEval(Fault):
+    """The running mean moves in eval, too.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("STAT-6",)
+
+    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+        if state.running_mean is not None and x.size:
+            state.running_mean = self.moved(state.running_mean, rows(x).mean(axis=1), 0.1)
+        return super().evaluate(x, state, ranks)
+
+
+class EmptyGroupDecays(Fault):
+    """A step in which the whole group is empty moves the running statistics towards 0.
+
+    Source: pytorch/pytorch#36530; pytorch/pytorch#74944.
+    """
+
+    dies_in = ("STAT-6",)
+
+    def track(self, state: State, stats: Statistics) -> None:
+        super().track(state, stats)
+        if stats.n == 0 and state.running_mean is not None:
+            state.running_mean = self.moved(state.running_mean, stats.mean, self.momentum or 0.0)
+
+
+class IgnoresRecomputed(Fault):
+    """A forward on the very values of the one before it does not count.
+
+    Source: pytorch/pytorch#96136.
+    """
+
+    dies_in = ("STAT-7",)
+
+    seen: bytes = b""
+
+    def track(self, state: State, stats: Statistics) -> None:
+        before, self.seen = self.seen, self.x.tobytes()
+        if self.seen != before:
+            super().track(state, stats)
+
+
+class RunningInInputDtype(Fault):
+    """The running statistics beside a float16 or bfloat16 input are rounded to float16.
+
+    Source: pytorch/pytorch#98332; pytorch/pytorch#20634.
+    """
+
+    dies_in = ("NUM-2",)
+
+    def moved(self, running: Array, batch: Array, factor: float) -> Array:
+        moved = super().moved(running, batch, factor)
+        return moved.astype(np.float16).astype(moved.dtype) if self.half else moved
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+class SkipsAllReduce(Fault):
+    """The sums of the backward are the rank's own, over the group's count.
+
+    Source: derived from syncbn/torch/function.py.
+    """
+
+    dies_in = ("GRAD-1", "COMM-1")
+
+    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+        return sums
+
+
+class LocalBackward(Fault):
+    """The backward is that of a BatchNorm on the rank's own values.
+
+    Source: derived from syncbn/torch/function.py.
+    """
+
+    dies_in = ("GRAD-1", "GRAD-3")
+
+    def input_gradient(
+        self, dy: Array, x: Array, stats: Statistics, weight: Array | None, sums: Array
+    ) -> Array:
+        count, own = x.size // self.num_features, self.local_sums(dy, x, stats.mean)
+        return super().input_gradient(dy, x, stats._replace(n=count), weight, own)
+
+
+class EqualWeightMeanDy(Fault):
+    """The means of dy and dy (x - mean) are means of the ranks' means.
+
+    Source: pytorch/pytorch#36382.
+    """
+
+    dies_in = ("GRAD-1", "FWD-6")
+
+    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+        means = sums / max(self.count, 1)
+        return super().reduce_sums(means, stats, ranks) * (stats.n / len(ranks.ranks))
+
+
+class SumForMean(Fault):
+    """The input gradient takes the sums where their means belong.
+
+    Source: Ascend/pytorch@b6111aaf0.
+    """
+
+    dies_in = ("GRAD-1",)
+
+    def input_gradient(
+        self, dy: Array, x: Array, stats: Statistics, weight: Array | None, sums: Array
+    ) -> Array:
+        return super().input_gradient(dy, x, stats._replace(n=1), weight, sums)
+
+
+class RawMoments(Fault):
+    """sum dy (x - mean) is formed as sum dy x - mean sum dy.
+
+    Source: hicann/ops-nn: norm/sync_batch_norm_backward_reduce; pytorch/pytorch#57796.
+    """
+
+    dies_in = ("NUM-1",)
+
+    def local_sums(self, dy: Array, x: Array, mean: Array) -> Array:
+        sum_dy, sum_dy_x = super().local_sums(dy, x, np.zeros_like(mean))
+        return np.stack([sum_dy, sum_dy_x - mean * sum_dy])
+
+
+class SumsInFloat16(Fault):
+    """The sums of the backward of a float16 or bfloat16 input travel in float16.
+
+    Source: facebookresearch/detectron2@5ef0708e.
+    """
+
+    dies_in = ("NUM-2",)
+
+    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+        if self.half:
+            sums = sums.astype(np.float16).astype(sums.dtype)
+        return super().reduce_sums(sums, stats, ranks)
+
+
+class ReducedGradWeight(Fault):
+    """The gradient of the weight is summed over the ranks, which data parallelism will do again.
+
+    Source: NVIDIA/apex#134.
+    """
+
+    dies_in = ("GRAD-2",)
+
+    def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
+        dx, grad_weight, grad_bias = super().backward(saved, dy, wants_input)
+        if grad_weight is not None and saved.ranks is not None:
+            grad_weight = saved.ranks.all_reduce(grad_weight.astype(np.float64))
+        return dx, grad_weight, grad_bias
+
+
+class ScaledGradWeight(Fault):
+    """The gradient of the weight is multiplied by the number of ranks.
+
+    Source: NVIDIA/apex#138.
+    """
+
+    dies_in = ("GRAD-2",)
+
+    def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
+        dx, grad_weight, grad_bias = super().backward(saved, dy, wants_input)
+        if grad_weight is not None and saved.ranks is not None:
+            grad_weight = grad_weight * len(saved.ranks.ranks)
+        return dx, grad_weight, grad_bias
+
+
+class EmptyRankSkipsBackward(Fault):
+    """A rank without data does not join the all_reduce of the backward.
+
+    Source: facebookresearch/detectron2#1807.
+    """
+
+    dies_in = ("GRAD-3",)
+
+    def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
+        saved = saved if saved.x.size else saved._replace(ranks=None)
+        return super().backward(saved, dy, wants_input)
+
+
+class FrozenInputSkipsAllReduce(Fault):
+    """A rank whose input wants no gradient does not join the all_reduce of the backward.
+
+    Source: pytorch/pytorch: torch/nn/modules/_functions.py, all_reduce.
+    """
+
+    dies_in = ("GRAD-4",)
+    frameworks = ("torch",)  # MindSpore does not tell a layer whether its input wants a gradient
+
+    def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
+        saved = saved if wants_input else saved._replace(ranks=None)
+        return super().backward(saved, dy, wants_input)
+
+
+class ReadsDyLikeX(Fault):
+    """The memory of dy is read in the order that x has in memory.
+
+    Source: pytorch/pytorch#62967; pytorch/pytorch#64100.
+    """
+
+    dies_in = ("GRAD-1",)
+    frameworks = ("torch",)  # a MindSpore tensor has no memory order of its own in NumPy
+
+    def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
+        order = sorted(range(dy.ndim), key=lambda axis: -saved.x.strides[axis])
+        shape = [dy.shape[axis] for axis in order]
+        dy = dy.ravel(order="K").reshape(shape).transpose(np.argsort(order))
+        return super().backward(saved, dy, wants_input)
+
+
+class ContiguousGradient(Fault):
+    """dx is contiguous whatever the memory format of the input.
+
+    Source: pytorch/pytorch#107199.
+    """
+
+    dies_in = ("GRAD-1",)
+    frameworks = ("torch",)  # MindSpore has no memory format on CPU
+    keeps_gradient_format = False
+
+
+class PairsBranchesWrongly(Fault):
+    """Of two layers in parallel branches, odd ranks send the sums of one for those of the other.
+
+    Source: tensorflow/tensorflow#41980.
+    """
+
+    dies_in = ("GRAD-1",)
+    frameworks = ("torch",)  # the suite differentiates but one of two branches of MindSpore
+
+    sums: Array
+    latest: ClassVar[Callable[[], PairsBranchesWrongly | None]] = lambda: None
+
+    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+        other, self.sums = PairsBranchesWrongly.latest() or self, sums
+        PairsBranchesWrongly.latest = weakref.ref(self)
+        return super().reduce_sums(other.sums if ranks.rank % 2 else sums, stats, ranks)
+
+
+# --- eval ---------------------------------------------------------------------------------------
+
+
+class EvalCommunicates(Fault):
+    """Eval averages the running statistics over the ranks.
+
+    Source: pytorch/pytorch#48988.
+    """
+
+    dies_in = ("EVAL-2",)
+
+    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+        stats, depends_on = super().evaluate(x, state, ranks)
+        mean = ranks.all_gather(stats.mean.astype(np.float64)).mean(axis=0)
+        return stats._replace(mean=mean.astype(stats.mean.dtype)), depends_on
+
+
+class UntrackedEvalOfGroup(Fault):
+    """Without running statistics, eval takes those of the group's input.
+
+    Source: pytorch/pytorch#48988; pytorch/pytorch#56982.
+    """
+
+    dies_in = ("TRACK-2",)
+
+    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+        if self.track_running_stats:
+            return super().evaluate(x, state, ranks)
+        return self.merge(ranks.all_gather(self.pack(x, IDLE)), x.dtype), ranks
+
+
+class UntrackedEvalOfInitial(Fault):
+    """Without running statistics, eval takes those that a layer starts with, 0 and 1.
+
+    Source: pytorch/pytorch#40147.
+    """
+
+    dies_in = ("TRACK-2",)
+
+    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+        if self.track_running_stats:
+            return super().evaluate(x, state, ranks)
+        zeros = np.zeros(self.num_features, x.dtype)
+        return Statistics(zeros, zeros + 1, n=0), None
+
+
+class EvalGradientOfTraining(Fault):
+    """The backward of eval takes the running statistics for functions of the input.
+
+    Source: PaddlePaddle/Paddle#70900.
+    """
+
+    dies_in = ("EVAL-3",)
+
+    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+        stats, _ = super().evaluate(x, state, ranks)
+        return stats._replace(n=self.count), Alone()
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+class AcceptsSingleValue(Fault):
+    """A group trains on one value per channel.
+
+    Source: pytorch/pytorch: torch/nn/modules/_functions.py, single value.
+    """
+
+    dies_in = ("ERR-7",)
+
+    def check_count(self, n: int) -> None:
+        pass
+
+    def unbiased(self, var: Array, n: int) -> Array:
+        return super().unbiased(var, max(n, 2))
+
+
+class AcceptsAnyChannels(Fault):
+    """Input of other than num_features channels is reshaped to fit.
+
+    Source: vacancy/Synchronized-BatchNorm-PyTorch#31.
+    """
+
+    dies_in = ("ERR-6",)
+
+    def forward(self, x: Array, *rest: Any) -> Any:
+        if x.ndim < 2 or x.shape[1] in (0, self.num_features):
+            return super().forward(x, *rest)
+        fitting = np.resize(x, (len(x), self.num_features, *x.shape[2:]))
+        y, saved = super().forward(fitting, *rest)
+        return np.resize(y, x.shape), saved
+
+
+class RaisesAlone(Fault):
+    """A rank with a wrong input raises before the all_gather, in which the others wait for it.
+
+    Source: mindspore-ai/mindspore_test: mindspore/python/mindspore/mint/nn/layer/_functions.py.
+    """
+
+    dies_in = ("ERR-9",)
+
+    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
+        self.check_input(x, dtype)
+        return super().exchange(x, dtype, ranks, differentiates)
+
+
+class HidesIdleRanks(Fault):
+    """A rank with nothing to differentiate says that it has, and the others wait for it.
+
+    Source: pytorch/pytorch#44957.
+    """
+
+    dies_in = ("GRAD-4",)
+
+    def pack(self, x: Array, intention: int) -> Array:
+        return super().pack(x, DIFFERENTIATE)
+
+
+def _channels_last(x: Array) -> bool:
+    return x.ndim > 2 and x.shape[1] > 1 and x.strides[1] == x.itemsize
+
+
+MUTANTS: dict[str, type[Fault]] = {mutant.__name__: mutant for mutant in Fault.__subclasses__()}

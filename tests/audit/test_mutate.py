@@ -1,0 +1,134 @@
+"""The tool that changes lines of the layer at random."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from audit import mutate
+from audit.mutate import Fate, Kill, Mutant
+from syncbn.conformance.cases import catalogue
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = list(mutate.KINDS)
+
+FUNCTION = '''\
+def f(a, b):
+    """Text."""
+    c = a + 1
+    if a < b:
+        c = g(a, b)
+    return f"{c + 2} é", True
+'''
+
+
+def changed(kind: str) -> set[str]:
+    """What a kind of change makes of FUNCTION."""
+    source = mutate._Source(FUNCTION.encode())
+    (function,) = ast.parse(FUNCTION).body
+    return {source.after(edits).decode() for edits in mutate.KINDS[kind](function, source)}
+
+
+def with_(*replacements: tuple[str, str]) -> str:
+    text = FUNCTION
+    for old, new in replacements:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    return text
+
+
+ASSIGN = "    c = a + 1\n"
+BRANCH = "    if a < b:\n        c = g(a, b)\n"
+RETURN = '    return f"{c + 2} é", True\n'
+HEAD = FUNCTION.partition(ASSIGN)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("arguments", {with_(("g(a, b)", "g(b, a)"))}),
+        ("operator", {with_(("a + 1", "a - 1")), with_(("a < b", "a <= b"))}),
+        ("negate", {with_(("a < b", "(not (a < b))"))}),
+        ("constant", {with_(("a + 1", "a + 2")), with_(("True", "False"))}),
+        (
+            "drop",
+            {
+                with_((ASSIGN, "    pass\n")),
+                with_(("if a < b:\n        c = g(a, b)", "pass")),
+                with_(("c = g(a, b)", "pass")),
+                with_((RETURN, "    pass\n")),
+            },
+        ),
+    ],
+)
+def test_every_kind_of_change(kind: str, expected: set[str]) -> None:
+    assert changed(kind) == expected
+
+
+def test_swapped_statements_take_their_bodies_along() -> None:
+    assert changed("swap") == {
+        HEAD + BRANCH + ASSIGN + RETURN,
+        HEAD + RETURN + BRANCH + ASSIGN,
+        HEAD + ASSIGN + RETURN + BRANCH,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutants_differ_from_the_layer_and_compile(kind: str) -> None:
+    for mutant in mutate.draw(5, 0, [kind]):
+        original = (ROOT / mutant.path).read_bytes()
+        assert mutant.kind == kind
+        assert ast.dump(ast.parse(mutant.text)) != ast.dump(ast.parse(original))
+        compile(mutant.text, mutant.path, "exec")
+        assert any(line.startswith("-") for line in mutant.diff)
+
+
+def test_a_seed_draws_the_same_mutants_and_another_one_others() -> None:
+    ids = [mutant.id for mutant in mutate.draw(10, 0, KINDS)]
+    assert [mutant.id for mutant in mutate.draw(10, 0, KINDS)] == ids
+    assert len(set(ids)) == 10
+    assert set(ids).isdisjoint(mutant.id for mutant in mutate.draw(10, 1, KINDS))
+
+
+def planted(path: str, old: str, new: str) -> Mutant:
+    text = (ROOT / path).read_text()
+    assert text.count(old) == 1
+    return Mutant(path, "planted", 1, "swap", text.replace(old, new).encode(), (f"-{old}",))
+
+
+COMPOSED = "syncbn/torch/backends/composed.py"
+
+
+@pytest.mark.parametrize(
+    ("mutant", "hows"),
+    [
+        (None, []),
+        (planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 1"), ["wrong"]),
+        (planted(COMPOSED, "n = counts.sum()", "n = counts.total()"), ["raised"]),
+        (planted("syncbn/torch/layer.py", "import copy\n", "import copies\n"), ["load"]),
+    ],
+    ids=["the layer itself", "wrong", "raised", "load"],
+)
+def test_the_ranks_run_the_copy_and_the_suite_sees_it(
+    mutant: Mutant | None, hows: list[str]
+) -> None:
+    cases = [case for case in catalogue(2, "smoke") if case.clause == "FWD-1"]
+    with mutate._copy(mutant) as target:
+        assert [kill.how for kill in mutate._kills(target, cases)] == hows
+
+
+def test_what_is_shown_names_the_survivor() -> None:
+    (case,) = (case for case in catalogue(2, "smoke") if case.clause == "FWD-1")
+    survivor = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 0")
+    dead = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 1")
+    fates = [Fate(survivor, None, 1.0), Fate(dead, Kill("wrong", case, "m"), 2.0)]
+    console = Console(record=True, width=120)
+    mutate.summarize(fates, console)
+    shown = console.export_text()
+    assert f"survived: {survivor.id} {COMPOSED}:1" in shown
+    assert "swap: 1 of 2 killed" in shown
+    assert json.loads(json.dumps(mutate.document(fates)))[1]["fate"] == "wrong"

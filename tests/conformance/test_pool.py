@@ -1,0 +1,169 @@
+"""The pool of ranks: a bad case costs one case, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from syncbn.conformance import runner, targets, wire
+from syncbn.conformance.case import Case, Step
+from syncbn.conformance.pool import RankPool
+from syncbn.conformance.targets import TargetError
+from syncbn.launchers.local import LocalJob
+
+ROOT = Path(__file__).parents[2]
+PLANTED = "torch:tests/conformance/planted.py"
+
+
+def case(channels: int, deadline: float = 20.0) -> Case:
+    step = Step(((2, channels, 3), (3, channels, 3)))
+    layer = {"num_features": channels}
+    return Case("FWD-1", f"{channels}", 2, layer, (step,), ("y",), deadline=deadline)
+
+
+def pids(pool: RankPool) -> list[int]:
+    return cast(LocalJob, pool._job).pids
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_bad_case_costs_one_case() -> None:
+    """A rank that dies, one that never returns, one that raises: each beside good cases."""
+    channels = (3, 64, 3, 65, 3, 257, 3)
+    with RankPool(targets.parse(f"{PLANTED}:FailsByChannels"), 2) as pool:
+        results = [runner.run_case(pool, case(count, deadline=4.0)).verdict for count in channels]
+        assert pool.starts == 4
+        left = pids(pool)
+    found = [result.verdict for result in results]
+    # The layer that raises leaves its peer waiting in a collective, which is a hang.
+    assert found == ["pass", "crash", "pass", "hang", "pass", "hang", "pass"]
+    assert "rank 1 died" in str(results[1].message)
+    assert "rank 1 did not answer in time" in str(results[3].message)
+    assert "planted.py" in str(results[3].message)
+    assert "groups.py" in str(results[5].message)
+    assert "rank 1 raised RuntimeError: planted" in str(results[5].message)
+    assert not any(alive(pid) for pid in left)
+
+
+def test_nobody_waits_at_a_closed_listener() -> None:
+    """A signal would make such a thread accept the ranks of the next listener, with an old key."""
+    before = set(threading.enumerate())
+    with RankPool(targets.parse(f"{PLANTED}:FailsByChannels"), 2) as pool:
+        pool.start()
+        after = set(threading.enumerate()) - before
+    assert "accept" not in {thread.name for thread in after}
+
+
+@pytest.mark.parametrize(("rung", "verdict"), [("device", "hang"), ("interpreted", "pass")])
+def test_an_interpreter_is_given_longer(rung: str, verdict: str) -> None:
+    target = replace(targets.parse(f"{PLANTED}:FailsByChannels"), rung=rung)
+    with RankPool(target, 2) as pool:
+        assert runner.run_case(pool, case(63, deadline=1.0)).verdict.verdict == verdict
+
+
+def test_kill_9_of_a_rank_between_cases() -> None:
+    with RankPool(targets.parse("syncbn.torch"), 2) as pool:
+        assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+        os.kill(pids(pool)[0], signal.SIGKILL)
+        found = runner.run_case(pool, case(3)).verdict
+        assert found.verdict == "crash"
+        assert "rank 0 died" in str(found.message)
+        assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+
+
+def test_an_answer_that_comes_late_is_not_taken_for_the_next_one(pool: RankPool) -> None:
+    """After an exchange that was given up, its answer carries an old epoch."""
+    assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+    for connection in pool._connections:
+        wire.send(connection, {"do": "run", "case": {}, "epoch": -1})
+    assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("torch:no_such_module:Layer", "No module named 'no_such_module'"),
+        ("torch:torch.nn:NoSuchClass", "NoSuchClass"),
+        ("torch:no/such/file.py:Layer", "no/such/file.py"),
+        (f"{PLANTED}:CannotBeBuilt", "RuntimeError: planted constructor"),
+    ],
+)
+def test_a_target_that_cannot_be_used(target: str, text: str) -> None:
+    pool = RankPool(targets.parse(target), 1)
+    with pytest.raises(TargetError, match="cannot be used") as caught:
+        pool.start()
+    assert text in str(caught.value)
+    assert pool._job is None
+
+
+@pytest.mark.parametrize("name", ["", "syncbn", "torch", "torch:x", "jax:m:c", "torch::C"])
+def test_a_target_with_a_wrong_name(name: str) -> None:
+    with pytest.raises(TargetError, match="target must be"):
+        targets.parse(name)
+
+
+def test_a_backend_for_a_target_that_has_none() -> None:
+    with pytest.raises(TargetError, match="backend must not be given"):
+        targets.parse("torch.nn", backend="composed")
+
+
+def test_an_unknown_backend() -> None:
+    pool = RankPool(targets.parse("syncbn.torch", backend="tritium"), 1)
+    with pytest.raises(
+        TargetError, match="must be one of auto, composed, aten, triton, twin, got 'tritium'"
+    ):
+        pool.start()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_orphans_when_the_controller_ends(how: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C, and even kill -9 of the controller, end all ranks, one of which never returns."""
+    document = tmp_path / "case.json"
+    document.write_text(json.dumps(case(65, deadline=100.0).document))
+    command = [sys.executable, "-m", "syncbn.conformance", "replay", str(document)]
+    command += ["--target", f"{PLANTED}:FailsByChannels"]
+    controller = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where tests are started by nohup or with &, Ctrl-C is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    ranks = wait_for_children(controller.pid, 2)
+    time.sleep(4.0)  # the case has begun, or is about to: either way nobody may stay
+    controller.send_signal(how)
+    _, errors = controller.communicate(timeout=30)
+    end = time.monotonic() + 15
+    while any(alive(pid) for pid in ranks) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in ranks)
+    if how == signal.SIGINT:
+        assert controller.returncode == 130
+        assert errors == "conformance: interrupted\n"
+
+
+def wait_for_children(pid: int, count: int) -> list[int]:
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if len(children) >= count:
+            return [int(child) for child in children]
+        time.sleep(0.1)
+    raise AssertionError("the ranks did not start")

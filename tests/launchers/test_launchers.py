@@ -1,0 +1,226 @@
+"""Every way to start ranks: the same processes come to life, are watched, and leave nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from syncbn.conformance import runner, targets
+from syncbn.conformance.__main__ import main
+from syncbn.conformance.case import Case, Step
+from syncbn.conformance.pool import RankPool
+from syncbn.conformance.targets import TargetError
+from syncbn.launchers import LAUNCHERS, Job
+
+ROOT = Path(__file__).parents[2]
+MARK = f"SYNCBN_TEST_{os.getpid()}"  # these tests may run twice at the same time
+PLANTED = "torch:tests/conformance/planted.py"
+
+needs_mindspore = pytest.mark.skipif(
+    importlib.util.find_spec("mindspore") is None, reason="MindSpore is not installed"
+)
+each_launcher = pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(name, marks=needs_mindspore if name == "msrun" else ()) for name in LAUNCHERS],
+    scope="module",
+)
+
+RANK = """
+import faulthandler, os, signal, subprocess, sys, time
+faulthandler.register(signal.SIGUSR1)
+place = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SAID")]
+print(*place, os.getcwd(), sys.executable, repr(sys.stdin.read()), flush=True)
+print("on stderr", file=sys.stderr, flush=True)
+def waits():
+    time.sleep(600)
+if os.environ["RANK"] == os.environ.get("FAILS"):
+    child = subprocess.Popen(["sleep", "10"])
+    sys.exit(f"failed, child {child.pid}")
+waits()
+"""
+
+MEETS = """
+import mindspore
+from mindspore import communication, ops
+communication.init()
+total = ops.AllReduce()(mindspore.Tensor([10.0 + communication.get_rank()]))
+print("rank", communication.get_rank(), "has", float(total[0]), flush=True)
+"""
+
+CONTROLLER = """
+import os, sys, time
+from syncbn.launchers import LAUNCHERS
+job = LAUNCHERS["msrun"]([sys.executable, "-c", ""], 2, {sys.argv[1]: sys.argv[2]})
+while job.ended() != [0, 1]:
+    time.sleep(0.1)
+os.kill(os.getpid(), 9)
+"""
+
+
+def processes(mark: str) -> list[int]:
+    """Whoever was started with this mark in the environment, itself or by an ancestor."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in place.read_bytes().split(b"\0"):
+                found.append(int(place.parent.name))
+    return found
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def started(launcher: str, mark: str, script: str, **environment: str) -> Iterator[Job]:
+    command = [sys.executable, "-c", script]
+    job = LAUNCHERS[launcher](command, 2, {MARK: mark, "SAID": "hello"} | environment)
+    try:
+        yield job
+    finally:
+        job.stop()
+
+
+@pytest.fixture(scope="module")
+def job(launcher: str) -> Iterator[Job]:
+    """Two ranks that have written what they are to write, and wait."""
+    with started(launcher, f"waits-{launcher}", RANK) as found:
+        wait_until(lambda: all("on stderr" in found.output(rank) for rank in (0, 1)))
+        yield found
+
+
+@each_launcher
+def test_a_rank_knows_its_place(job: Job) -> None:
+    for rank in (0, 1):
+        said, error = job.output(rank).splitlines()
+        assert said == f"{rank} 2 {rank} hello {Path.cwd()} {sys.executable} ''"
+        assert error == "on stderr"
+
+
+@each_launcher
+def test_no_process_gets_the_ctrl_c_of_the_controller(launcher: str, job: Job) -> None:
+    found = processes(f"waits-{launcher}")
+    assert len(found) >= 2
+    assert os.getsid(0) not in {os.getsid(pid) for pid in found}
+
+
+@each_launcher
+def test_stacks_are_dumped_and_nobody_dies_of_it(launcher: str, job: Job) -> None:
+    before = processes(f"waits-{launcher}")
+    job.dump_stacks()
+    wait_until(lambda: all("in waits" in job.output(rank) for rank in (0, 1)))
+    assert sorted(processes(f"waits-{launcher}")) == sorted(before)
+    assert job.ended() == []
+
+
+@each_launcher
+def test_a_rank_that_fails_has_ended_and_its_peer_has_not(launcher: str) -> None:
+    mark = f"fails-{launcher}"
+    with started(launcher, mark, RANK, FAILS="1") as job:
+        wait_until(lambda: job.ended() != [])
+        assert job.ended() == [1]
+        failed, child = job.output(1).splitlines()[-1].split(", child ")
+        assert failed == "failed"
+        assert int(child) in processes(mark)  # it outlived its rank
+        os.kill(int(child), signal.SIGKILL)
+        wait_until(lambda: "on stderr" in job.output(0))
+        job.dump_stacks()  # of the one that lives
+        wait_until(lambda: "in waits" in job.output(0))
+        assert job.ended() == [1]
+
+
+@each_launcher
+@pytest.mark.parametrize("when", ["at once", "while it starts", "when all have started"])
+def test_stop_leaves_nothing(
+    launcher: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mark = f"stops-{launcher}-{when}"
+    with started(launcher, mark, RANK) as job:
+        if when == "while it starts":
+            wait_until(lambda: processes(mark) != [])
+        elif when == "when all have started":
+            wait_until(lambda: all("on stderr" in job.output(rank) for rank in (0, 1)))
+        assert list(tmp_path.iterdir()) != []
+        job.stop()
+        assert list(tmp_path.iterdir()) == []
+        assert processes(mark) == []
+
+
+@each_launcher
+@pytest.mark.parametrize(
+    ("condition", "names"),
+    [
+        ("os.environ.get('RANK') == '1'", "rank 1"),
+        ("True", "rank"),  # msrun itself, too
+    ],
+)
+def test_the_pool_sees_what_dies_at_its_start(
+    launcher: str, condition: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, sys\nif {condition}:\n    sys.exit('planted end')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pool = RankPool(targets.parse("syncbn.torch"), 2, launcher)
+    with pytest.raises(TargetError, match=rf"{names}.* died at its start \(.*planted end"):
+        pool.start()
+
+
+@needs_mindspore
+def test_ranks_of_pytorch_under_msrun() -> None:
+    """They only need to know their place; what died is started again."""
+    step = Step(((2, 3, 3), (3, 3, 3)))
+    good = Case("FWD-1", "good", 2, {"num_features": 3}, (step,), ("y",))
+    step = Step(((2, 64, 3), (3, 64, 3)))
+    fatal = Case("FWD-1", "fatal", 2, {"num_features": 64}, (step,), ("y",))
+    with RankPool(targets.parse(f"{PLANTED}:FailsByChannels"), 2, "msrun") as pool:
+        found = [runner.run_case(pool, case).verdict for case in (good, fatal, good)]
+        assert [verdict.verdict for verdict in found] == ["pass", "crash", "pass"]
+        assert str(found[1].message).count("died") == 1
+        assert "rank 1 died" in str(found[1].message)
+        assert pool.starts == 2
+
+
+@needs_mindspore
+def test_ranks_of_mindspore_meet_while_others_do() -> None:
+    """Through a scheduler of their own, with a port of its own."""
+    with started("msrun", "meets", MEETS) as first, started("msrun", "meets", MEETS) as second:
+        wait_until(lambda: first.ended() == second.ended() == [0, 1], 200.0)
+        for rank in (0, 1):
+            assert f"rank {rank} has 21.0" in first.output(rank)
+            assert f"rank {rank} has 21.0" in second.output(rank)
+
+
+@needs_mindspore
+def test_the_scheduler_ends_with_a_controller_that_is_killed(tmp_path: Path) -> None:
+    """Ranks see it on their connection; the scheduler has none, and waits long for ranks."""
+    command = [sys.executable, "-c", CONTROLLER, MARK, "killed"]
+    controller = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert controller.wait(60) == -signal.SIGKILL
+    wait_until(lambda: processes("killed") == [], 20.0)
+
+
+def test_msrun_without_mindspore(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "mindspore", None)
+    assert main(["run", "--launcher", "msrun", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "conformance: launcher msrun needs MindSpore, which is not installed: "
+        "pip install -e '.[mindspore]'"
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,673 @@
+"""The MindSpore layer, as far as one process can tell, and branches of a graph on two ranks.
+
+Nothing here makes MindSpore wait for each operation, as the conformance suite does.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mindspore", reason="MindSpore is not installed")
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+from mindspore.graph.api import _pynative_executor
+
+from syncbn import reference
+from syncbn.conformance import targets
+from syncbn.conformance.case import Case
+from syncbn.conformance.case import Step as CaseStep
+from syncbn.conformance.pool import RankPool
+from syncbn.conformance.ranks import substitutes
+from syncbn.mindspore import SyncBatchNorm, backends, create_group, groups
+from syncbn.mindspore import layer as layer_module
+from syncbn.mindspore.backends import aclnn, composed
+from syncbn.reference import bounds, formulas
+from tests.syncbn.mindspore_layers import (
+    MODES,
+    assert_step,
+    assert_untouched,
+    assert_within,
+    dtype_name,
+    forward,
+    make_layer,
+    numpy_of,
+    oracle_of,
+    randn,
+    same,
+    state_of,
+    step,
+)
+
+DTYPES = (ms.float16, ms.float32, ms.float64)
+
+
+@pytest.fixture(autouse=True)
+def tidy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("SYNCBN_BACKEND", "SYNCBN_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    _pynative_executor.clear_res()  # an error inside of a gradient leaves traces
+
+
+class TestConstruction:
+    def test_signature(self) -> None:
+        parameters = list(inspect.signature(SyncBatchNorm).parameters.values())
+        assert [(p.name, p.default) for p in parameters] == [
+            ("num_features", inspect.Parameter.empty),
+            ("eps", 1e-5),
+            ("momentum", 0.1),
+            ("affine", True),
+            ("track_running_stats", True),
+            ("process_group", None),
+            ("dtype", None),
+            ("backend", "auto"),
+        ]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        assert [p.name for p in parameters if p.kind is keyword] == ["backend"]
+
+    @pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
+    @pytest.mark.parametrize("track", [True, False])
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_parameters(self, affine: bool, track: bool, dtype: Any) -> None:
+        layer = SyncBatchNorm(3, affine=affine, track_running_stats=track, dtype=dtype)
+        learned = {"weight": 1.0, "bias": 0.0} if affine else {}
+        tracked = {"running_mean": 0.0, "running_var": 1.0} if track else {}
+        counted = {"num_batches_tracked": 0} if track else {}
+        parameters = layer.parameters_dict()
+        assert list(parameters) == list(learned | tracked | counted)
+        assert [p.name for p in layer.trainable_params()] == list(learned)
+        for name, value in (learned | tracked).items():
+            assert same(parameters[name], Tensor(np.full(3, value), dtype or ms.float32))
+        for name in counted:
+            assert same(parameters[name], Tensor(0, ms.int64))
+        for name in {"weight", "bias", "running_mean", "running_var"} - set(parameters):
+            assert getattr(layer, name) is None
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"num_features": 3.0}, TypeError, r"num_features must be an int, got 3\.0"),
+            ({"num_features": 0}, ValueError, "num_features must be at least 1, got 0"),
+            ({"eps": 1}, TypeError, "eps must be a float, got 1"),
+            ({"eps": -1e-5}, ValueError, "eps must be zero or positive, got -1e-05"),
+            ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
+            ({"affine": 1}, TypeError, "affine must be a bool, got 1"),
+            ({"track_running_stats": None}, TypeError, "track_running_stats .* got None"),
+            ({"dtype": ms.int64}, TypeError, "dtype must be .* Float32.* got mindspore.int64"),
+            ({"dtype": "float32"}, TypeError, "dtype .* got 'float32'"),
+            ({"process_group": {0, 1}}, TypeError, r"process_group .* got \{0, 1\}"),
+            ({"process_group": 3}, TypeError, "process_group .* got 3"),
+            ({"process_group": False}, TypeError, "process_group .* got False"),
+            (
+                {"process_group": "pair"},
+                RuntimeError,
+                "process_group .*communication: call mindspore",
+            ),
+            ({"process_group": ""}, RuntimeError, "process_group .*communication: call mindspore"),
+            ({"process_group": [0]}, RuntimeError, "process_group .*communication: call mindspore"),
+            ({"process_group": []}, RuntimeError, "process_group .*communication: call mindspore"),
+            ({"backend": "cudnn"}, ValueError, "backend .* auto, composed, aclnn, got 'cudnn'"),
+            ({"backend": None}, ValueError, "backend .* auto, composed, aclnn, got None"),
+        ],
+    )
+    def test_refused(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            SyncBatchNorm(**({"num_features": 3} | arguments))
+
+    def test_numpy_arguments(self) -> None:
+        layer = SyncBatchNorm(np.int64(3), np.float32(1e-3), np.float32(0.25))  # type: ignore[arg-type]
+        assert type(layer.num_features) is int
+        for mode in ("pynative", "jit"):
+            assert_step(layer.set_train(), randn(5, 3), randn(5, 3, seed=1), mode)
+
+    def test_new_one_is_in_eval_mode(self) -> None:
+        layer = SyncBatchNorm(3)
+        assert not layer.training
+        before = state_of(layer)
+        assert_step(layer, randn(5, 3), randn(5, 3, seed=1))
+        assert_untouched(layer, before)
+
+    def test_repr(self) -> None:
+        shown = SyncBatchNorm(3, affine=False).extend_repr()
+        assert shown == "3, eps=1e-05, momentum=0.1, affine=False, track_running_stats=True"
+        layer = SyncBatchNorm(3, momentum=None, backend="composed")
+        assert layer.extend_repr().endswith(", backend='composed'")
+        assert repr(layer) == f"SyncBatchNorm({layer.extend_repr()})"
+
+    def test_deepcopy(self) -> None:
+        layer = make_layer(momentum=None, backend="composed")
+        before = state_of(layer)
+        clone = copy.deepcopy(layer)
+        assert_untouched(clone, before)
+        assert (repr(clone), clone.training) == (repr(layer), True)
+        for mode in ("pynative", "jit"):
+            assert_step(clone, randn(4, 3), randn(4, 3, seed=1), mode)
+        assert_untouched(layer, before)
+
+
+class Pair(nn.Cell):
+    """Two layers, one of them in a SequentialCell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = SyncBatchNorm(3)
+        self.rest = nn.SequentialCell(nn.ReLU(), SyncBatchNorm(3))
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.rest(self.a(x))
+
+
+class TestNetwork:
+    def test_names(self) -> None:
+        learned, tracked = (
+            ["weight", "bias"],
+            ["running_mean", "running_var", "num_batches_tracked"],
+        )
+        places = ("a", "rest.1")
+        network = Pair()
+        assert list(network.parameters_dict()) == [
+            f"{place}.{name}" for place in places for name in (*learned, *tracked)
+        ]
+        assert [p.name for p in network.trainable_params()] == [
+            f"{place}.{name}" for place in places for name in learned
+        ]
+
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    def test_set_train_switches_every_layer(self, mode: str) -> None:
+        network, alone = Pair(), Pair()
+        for training in (True, False, True):
+            network.set_train(training)
+            before = state_of(network)
+            taken_y = forward(network, randn(5, 3), mode)
+            hidden = alone.a.set_train(training)(randn(5, 3))
+            y = alone.rest[1].set_train(training)(ops.relu(hidden))
+            assert np.allclose(taken_y.asnumpy(), y.asnumpy(), rtol=1e-5, atol=1e-6)
+            for name, parameter in alone.parameters_dict().items():
+                found = network.parameters_dict()[name].asnumpy()
+                assert np.allclose(found, parameter.asnumpy(), rtol=1e-5, atol=1e-6), name
+            if not training:
+                assert_untouched(network, before)
+
+    @pytest.mark.parametrize("mode", ["jit"])
+    def test_compiled_is_what_pynative_is(self, mode: str) -> None:
+        eager, compiled = Pair().set_train(), Pair().set_train()
+        for seed in range(2):
+            x, dy = randn(5, 3, 2, seed=seed), randn(5, 3, 2, seed=9)
+            ours, theirs = step(eager, x, dy), step(compiled, x, dy, mode)
+            for one, other in (
+                (ours.y, theirs.y),
+                (ours.dx, theirs.dx),
+                *zip(ours.gradients.values(), theirs.gradients.values(), strict=True),
+                *zip(eager.get_parameters(), compiled.get_parameters(), strict=True),
+            ):
+                assert np.allclose(one.asnumpy(), other.asnumpy(), rtol=1e-5, atol=1e-6)
+
+    def test_checkpoint(self, tmp_path: Path) -> None:
+        network = Pair().set_train()
+        network(randn(5, 3))
+        before = state_of(network)
+        file = str(tmp_path / "network.ckpt")
+        ms.save_checkpoint(network, file)
+        loaded = ms.load_checkpoint(file)
+        assert set(loaded) == set(before)
+        fresh = Pair()
+        assert ms.load_param_into_net(fresh, loaded, strict_load=True) == ([], [])
+        assert_untouched(fresh, before)
+
+    @pytest.mark.parametrize("mode", ["pynative", "jit"])
+    def test_layer_twice(self, mode: str) -> None:
+        layer = make_layer()
+        oracle = oracle_of(layer)
+
+        def twice(x: Tensor) -> Tensor:
+            return layer(layer(x))
+
+        cell = _Calls(twice, layer)
+        y = forward(cell, randn(5, 3), mode)
+        (hidden,) = oracle.forward([numpy_of(randn(5, 3))])
+        (expected,) = oracle.forward([hidden.value])
+        assert np.allclose(numpy_of(y), expected.value, atol=1e-5)
+        assert oracle.num_batches_tracked == 2
+        tracked = layer.num_batches_tracked
+        assert tracked is not None
+        assert int(tracked.asnumpy()) == 2
+        assert np.allclose(numpy_of(layer.running_var), oracle.running_var.value, atol=1e-6)
+
+
+class _Calls(nn.Cell):
+    def __init__(self, function: Any, *cells: nn.Cell) -> None:
+        super().__init__()
+        self.inner = nn.CellList(list(cells))
+        self.function = function
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+# Shape and dtype of the input, arguments of the layer.
+CALLS: dict[str, tuple[tuple[int, ...], Any, dict[str, Any]]] = {
+    "2-D": ((5, 3), ms.float32, {}),
+    "3-D": ((5, 3, 2), ms.float32, {"momentum": 0}),
+    "4-D": ((3, 3, 2, 4), ms.float32, {"momentum": 1.0}),
+    "5-D": ((2, 3, 2, 4, 1), ms.float32, {"eps": 0.5}),
+    "6-D": ((2, 3, 2, 4, 1, 3), ms.float32, {}),
+    "one channel": ((5, 1, 2), ms.float32, {"eps": 0.0}),
+    "momentum None": ((5, 3, 2), ms.float32, {"momentum": None}),
+    "not affine": ((5, 3, 2), ms.float32, {"affine": False}),
+    "untracked": ((5, 3, 2), ms.float32, {"track_running_stats": False}),
+    "neither": ((5, 3), ms.float32, {"affine": False, "track_running_stats": False}),
+    "float16": ((5, 3, 2), ms.float16, {}),
+    "all float16": ((5, 3, 2), ms.float16, {"dtype": ms.float16}),
+    "float64": ((5, 3, 2), ms.float64, {"dtype": ms.float64}),
+    "many": ((300, 3, 40), ms.float16, {}),
+}
+
+
+# What takes another way through the compiler; to compile a step takes about a second.
+COMPILED = [
+    *itertools.product(("not affine", "momentum None", "float16", "float64"), ("jit",)),
+    *itertools.product(("5-D", "untracked", "float64"), ("graph",)),
+]
+
+
+class TestValues:
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize(("call", "mode"), [*((c, "pynative") for c in CALLS), *COMPILED])
+    def test_within_bounds(self, call: str, training: bool, mode: str) -> None:
+        shape, dtype, arguments = CALLS[call]
+        layer = make_layer(shape[1], **arguments).set_train(training)
+        for seed in range(2 if mode == "pynative" else 1):
+            x, dy = (randn(*shape, dtype=dtype, seed=s) for s in (seed, 9))
+            assert_step(layer, x, dy, mode)
+
+    def test_momentum_near_one_beside_float32_statistics(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on Ascend. In float32, 1 - 0.999 has four digits left."""
+        monkeypatch.setattr(layer_module, "wide", lambda: ms.float32)
+        monkeypatch.setattr(layer_module, "number", lambda value: Tensor(value, ms.float32))
+        layer = make_layer(momentum=0.999)
+        before = {name: numpy_of(value) for name, value in state_of(layer).items()}
+        zeros = ops.zeros((3,), ms.float32)
+        layer._update_running(zeros, zeros, Tensor(8.0, ms.float32))
+        for name in ("running_mean", "running_var"):
+            got, expected = numpy_of(getattr(layer, name)), (1 - 0.999) * before[name]
+            np.testing.assert_allclose(got, expected, rtol=2.0**-22)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_mean_far_above_deviation(self, training: bool) -> None:
+        layer = make_layer().set_train(training)
+        assert_step(layer, 1e4 + randn(500, 3, 20), randn(500, 3, 20, seed=1))
+
+    @pytest.mark.parametrize(
+        ("shape", "mode"),
+        [((0, 3), "pynative"), ((5, 3, 2, 0), "pynative"), ((0, 3), "jit")],
+    )
+    @pytest.mark.parametrize("track", [True, False])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_empty(self, training: bool, track: bool, shape: tuple[int, ...], mode: str) -> None:
+        layer = make_layer(track_running_stats=track).set_train(training)
+        before = state_of(layer)
+        x = Tensor(np.zeros(shape), ms.float16)
+        taken = step(layer, x, x, mode)
+        assert same(taken.y, x)
+        assert same(taken.dx, x)
+        for gradient in taken.gradients.values():
+            assert same(gradient, Tensor(np.zeros(3), ms.float32))
+        assert_untouched(layer, before)
+
+    @pytest.mark.parametrize("mode", ["pynative", "jit"])
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("frozen", ["weight", "bias"])
+    def test_frozen_parameter(self, frozen: str, training: bool, mode: str) -> None:
+        layer = make_layer().set_train(training)
+        getattr(layer, frozen).requires_grad = False
+        taken = assert_step(layer, randn(5, 3), randn(5, 3, seed=1), mode)
+        assert set(taken.gradients) == {"weight", "bias"} - {frozen}
+
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    def test_without_gradients(self, mode: str) -> None:
+        layer, clone = make_layer(), make_layer()
+        y = forward(layer, randn(5, 3), mode)
+        expected = assert_step(clone, randn(5, 3), randn(5, 3, seed=1), mode)
+        assert same(y, expected.y)
+        assert_untouched(layer, state_of(clone))
+
+    @pytest.mark.parametrize("mode", ["pynative", "jit"])
+    def test_untracked_eval_takes_the_statistics_of_its_input(self, mode: str) -> None:
+        layer = make_layer(track_running_stats=False)
+        trained = assert_step(layer, randn(5, 3), randn(5, 3, seed=1), mode)
+        evaluated = assert_step(layer.set_train(False), randn(5, 3), randn(5, 3, seed=1), mode)
+        assert same(trained.y, evaluated.y)
+        assert same(trained.dx, evaluated.dx)
+        assert same(
+            forward(layer, ops.ones((1, 3)), mode), layer.parameters_dict()["bias"].reshape(1, 3)
+        )
+
+    @pytest.mark.parametrize("dtype", [ms.float32, ms.float64], ids=str)
+    def test_a_training_step_after_eval_does_not_disturb_its_backward(self, dtype: Any) -> None:
+        layer, x = make_layer(dtype=dtype), randn(5, 3, dtype=dtype)
+
+        def evaluate(x: Tensor) -> Tensor:
+            return ops.square(layer.set_train(False)(x)).sum()
+
+        def evaluate_and_train(x: Tensor) -> Tensor:
+            y = layer.set_train(False)(x)
+            layer.set_train()(x)
+            return ops.square(y).sum()
+
+        weights = layer.trainable_params()
+        dx, expected = ms.grad(evaluate, 0, weights)(x)
+        again, got = ms.grad(evaluate_and_train, 0, weights)(x)
+        assert all(map(same, (again, *got), (dx, *expected)))
+
+    def test_backward_does_not_see_a_later_training_step(self) -> None:
+        layer, x = make_layer(dtype=ms.float64), randn(5, 3, dtype=ms.float64)
+
+        def once(x: Tensor) -> Tensor:
+            return ops.square(layer(x)).sum()
+
+        def with_another(x: Tensor) -> Tensor:
+            y = layer(x)
+            layer(x + 1)
+            return ops.square(y).sum()
+
+        assert same(ms.grad(once)(x), ms.grad(with_another)(x))
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        ("track", "training", "mode"),
+        [
+            *(
+                (track, training, "pynative")
+                for track in (True, False)
+                for training in (True, False)
+            ),
+            (True, True, "jit"),
+            (True, False, "graph"),
+        ],
+    )
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "error", "message"),
+        [
+            ((3,), ms.float32, ValueError, r"input must have at least 2 dimensions.* got 1 in"),
+            ((5, 4), ms.float32, ValueError, r"num_features=3 channels.* got 4 in shape \(5, 4\)"),
+            ((5, 0), ms.float32, ValueError, r"at least 1 channel, got 0 in shape \(5, 0\)"),
+            ((5, 3), ms.int32, TypeError, "one of the dtypes .* got Int32"),
+            ((5, 3), ms.float64, TypeError, "parameters, Float32 .*got Float64"),
+        ],
+        ids=["1-D", "4 channels", "no channel", "int32", "float64"],
+    )
+    def test_raises_and_changes_nothing(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        error: type[Exception],
+        message: str,
+        track: bool,
+        training: bool,
+        mode: str,
+    ) -> None:
+        layer = make_layer(track_running_stats=track).set_train(training)
+        before = state_of(layer)
+        with pytest.raises(error, match=message):
+            forward(layer, Tensor(np.ones(shape), dtype), mode)
+        assert_untouched(layer, before)
+        assert_step(layer, randn(5, 3), randn(5, 3, seed=1))
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("wrong", [None, 1.0, np.ones((5, 3)), [1.0]], ids=repr)
+    def test_no_tensor(self, wrong: Any, training: bool) -> None:
+        layer = make_layer().set_train(training)
+        with pytest.raises(TypeError, match=r"input must be a mindspore\.Tensor"):
+            layer(wrong)
+
+    @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
+    def test_one_value(self, shape: tuple[int, ...]) -> None:
+        layer = make_layer()
+        before = state_of(layer)
+        with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+            step(layer, ops.ones(shape), ops.ones(shape))
+        assert_untouched(layer, before)
+
+    @pytest.mark.parametrize("mode", ["jit"])
+    def test_one_value_in_a_graph(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A graph does not look, but if it is asked to."""
+        quiet = make_layer()
+        assert np.isfinite(forward(quiet, ops.ones((1, 3)), mode).asnumpy()).all()
+        assert np.isfinite(quiet.running_var.asnumpy()).all()
+        monkeypatch.setenv("SYNCBN_DEBUG", "1")
+        layer = make_layer()
+        before = state_of(layer)
+        with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+            forward(layer, ops.ones((1, 3)), mode)
+        assert_untouched(layer, before)
+
+
+class TestWithMindSpore:
+    """The layer under what users put around it."""
+
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_to_float(self, training: bool, mode: str) -> None:
+        cast, plain = (make_layer().set_train(training) for _ in range(2))
+        cast.to_float(ms.float16)
+        x, dy = randn(5, 3), randn(5, 3, seed=1)
+        taken = step(cast, x, dy, mode)
+        expected = assert_step(plain, x, dy, mode)
+        assert same(taken.y, expected.y)
+        assert same(taken.dx, expected.dx)
+        assert all(map(same, taken.gradients.values(), expected.gradients.values()))
+        assert_untouched(cast, state_of(plain))
+
+    @pytest.mark.parametrize("level", ["O2", "O3", "auto"])
+    def test_amp(self, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)  # MindSpore writes what it rewrites where it runs
+        network = nn.SequentialCell(nn.Dense(3, 3), SyncBatchNorm(3)).set_train()
+        layer = network[1]
+        network = ms.amp.auto_mixed_precision(network, level)
+        network(randn(500, 3))
+        assert np.allclose(layer.running_var.asnumpy(), 0.9, atol=0.5)
+        assert layer.running_var.dtype == ms.float32
+
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    def test_recompute(self, mode: str) -> None:
+        plain, recomputed = make_layer(), make_layer()
+        network = nn.SequentialCell(recomputed, nn.ReLU())
+        recomputed.recompute()
+        x, dy = randn(5, 3), randn(5, 3, seed=1)
+        expected = step(nn.SequentialCell(plain, nn.ReLU()), x, dy, mode)
+        taken = step(network, x, dy, mode)
+        assert same(taken.dx, expected.dx)
+
+
+class TestBackend:
+    def test_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert backends.load("auto") is backends.load("composed") is composed
+        monkeypatch.setenv("SYNCBN_BACKEND", "aclnn")
+        assert backends.load("auto") is aclnn
+        monkeypatch.setenv("SYNCBN_BACKEND", "auto")
+        assert backends.load("auto") is composed
+
+    @pytest.mark.parametrize("name", ["", "cudnn"])
+    def test_unknown_in_the_environment(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        monkeypatch.setenv("SYNCBN_BACKEND", name)
+        message = f"SYNCBN_BACKEND must be one of auto, composed, aclnn, got '{name}'"
+        with pytest.raises(ValueError, match=message):
+            SyncBatchNorm(3)
+        SyncBatchNorm(3, backend="composed")
+
+    def test_aclnn_needs_its_kernels(self) -> None:
+        layer = make_layer(backend="aclnn")
+        with pytest.raises(RuntimeError, match="BatchNormStats"):
+            layer(randn(5, 3)).asnumpy()
+
+    def test_aclnn(self) -> None:
+        """On substitutes for its kernels, which stay in a process of their own."""
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            process.submit(_check_aclnn).result()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+    @pytest.mark.parametrize("shape", [(1, 3, 1), (7, 1, 5), (129, 65, 1), (129, 3, 500)], ids=str)
+    def test_composed(self, shape: tuple[int, int, int], dtype: Any) -> None:
+        """All five operations on (R, C, S), one after the other, each within its bound."""
+        x = (1 + 2 * randn(*shape, dtype=ms.float64)).astype(dtype)
+        dy = randn(*shape, dtype=dtype, seed=1)
+        rows, channels, spatial = shape
+        weight = Tensor(np.linspace(-2, 2, channels), ms.float32)
+        bias = Tensor(np.linspace(3, -1, channels), ms.float32)
+        u = reference.Precision(dtype_name(dtype)).u
+        matrix, dy_matrix = (numpy_of(t).transpose(1, 0, 2).reshape(channels, -1) for t in (x, dy))
+        exact = bounds.of_moments(matrix, *formulas.moments(matrix), 1, u)
+        exact_sums = formulas.sums(dy_matrix, matrix, exact.mean.value)
+        sum_bounds = bounds.of_sums(dy_matrix, matrix, exact.mean, exact_sums[0], 1, u)
+        oracle = reference.SyncBatchNorm(
+            channels, track_running_stats=False, weight=numpy_of(weight), bias=numpy_of(bias)
+        )
+        (exact_y,) = oracle.forward([numpy_of(x)], training=False, dtype=dtype_name(dtype))
+        (exact_gradients,) = oracle.backward([numpy_of(dy)])
+
+        mean, var = composed.stats(x)
+        assert_within("mean", mean, exact.mean)
+        assert_within("var", var, exact.var)
+        count = Tensor([float(rows * spatial)], ms.float64)
+        mean, _, invstd, n = composed.combine(
+            mean.reshape(1, -1), var.reshape(1, -1), count, backends.number(oracle.eps)
+        )
+        y = composed.normalize(x, mean, invstd, weight, bias)
+        assert_within("y", y, exact_y)
+        sums = composed.reduce_grad(dy, x, mean)
+        for name, got, value, bound in zip(
+            ("sum_dy", "sum_dy_xmu"), sums, exact_sums, sum_bounds, strict=True
+        ):
+            assert_within(name, got, reference.Bounded(value, bound))
+        dx = composed.input_grad(dy, x, mean, invstd, weight, *sums, n)
+        assert_within("dx", dx, exact_gradients.input)
+        assert y.dtype == dx.dtype == dtype
+
+    def test_combine(self) -> None:
+        parts = [5 + numpy_of(randn(3, size, dtype=ms.float64, seed=size)) for size in (1, 40, 300)]
+        whole = np.concatenate(parts, axis=1)
+        expected = bounds.of_moments(
+            whole, *formulas.moments(whole), 3, reference.Precision("float64").u
+        )
+        moments = [formulas.moments(part) for part in parts]
+        moments.insert(1, (np.full(3, 7.0), np.full(3, 9.0)))  # an empty part may say what it likes
+        means, variances = (Tensor(np.stack(m)) for m in zip(*moments, strict=True))
+        counts = Tensor([1.0, 0.0, 40.0, 300.0], ms.float64)
+        mean, var, invstd, n = composed.combine(means, variances, counts, backends.number(0.25))
+        assert_within("mean", mean, expected.mean)
+        assert_within("var", var, expected.var)
+        assert np.array_equal(invstd.asnumpy(), 1 / np.sqrt(var.asnumpy() + 0.25))
+        assert n == 341
+
+
+def _check_aclnn() -> None:
+    ms.set_device("CPU")
+    substitutes.install()
+    for training, (shape, dtype, arguments) in itertools.product((True, False), CALLS.values()):
+        if dtype == ms.float64 or "momentum" in arguments:
+            continue  # it has no float64; the momentum is not the backend's
+        layer = make_layer(shape[1], backend="aclnn", **arguments).set_train(training)
+        assert_step(layer, randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1))
+    far = make_layer(backend="aclnn")
+    assert_step(far, 1e4 + randn(500, 3), randn(500, 3, seed=1))
+    small = make_layer(backend="aclnn")
+    assert_step(small, 1e-6 * randn(500, 3), randn(500, 3, seed=1))
+
+
+class TestGroups:
+    def test_without_communication(self) -> None:
+        with pytest.raises(RuntimeError, match=r"process_group .*communication: call"):
+            create_group("pair", [0, 1])
+        with pytest.raises(TypeError, match=r"name must be a str or None, got 7 of type int"):
+            create_group(7, [0, 1])  # type: ignore[arg-type]
+        assert groups.resolve(None) is groups.ALONE
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_float64_travels_in_three_words(self, mode: str) -> None:
+        """Exactly, all over float32's normal numbers; compiled code has no others."""
+        values = np.random.default_rng(0).uniform(-2, 2, 2000)
+        values += np.sign(values)
+        scales = np.ldexp(1.0, np.linspace(-126, 125, values.size).astype(int))
+        specials = [0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 2**53 - 1.0, 1 + 2**-52]
+        sent = np.concatenate([values * scales, specials])
+        received = forward(_Journey(), Tensor(sent, ms.float64), mode).asnumpy()
+        assert np.array_equal(received, sent, equal_nan=True)
+
+    def test_beyond_float32(self) -> None:
+        sent = np.array([1e300, -1e300, 1e-300])
+        assert _Journey()(Tensor(sent)).asnumpy().tolist() == [np.inf, -np.inf, 0.0]
+
+
+class _Journey(nn.Cell):
+    """A table of one row."""
+
+    def construct(self, values: Tensor) -> Tensor:
+        return groups._join(groups._split(values).reshape(1, -1))[0]
+
+
+@pytest.fixture(scope="module")
+def branches() -> Iterator[RankPool]:
+    target = "mindspore:tests/syncbn/mindspore_layers.py:Branches"
+    with RankPool(targets.parse(target, mode="graph"), 2) as ranks:
+        yield ranks
+
+
+class TestBranches:
+    """y = c(a(x) + b(2 x)) on two ranks, whose graphs may reorder what does not depend."""
+
+    @pytest.mark.parametrize("mode", ["train", "eval"])
+    def test_equal_graphs_give_what_pynative_does(self, branches: RankPool, mode: str) -> None:
+        eager, compiled = self.run(branches, ((5, 3, 2), (5, 3, 2)), mode)
+        for rank in range(2):
+            assert set(eager[rank]) == set(compiled[rank])
+            for name, expected in eager[rank].items():
+                got = compiled[rank][name]
+                assert np.allclose(got, expected, rtol=1e-4, atol=1e-5), (rank, name)
+
+    @pytest.mark.parametrize("shapes", [((0, 3, 2), (5, 3, 2)), ((5, 3, 2), (0, 3, 2))])
+    def test_an_empty_rank(self, branches: RankPool, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Graphs that differ may lose gradients to NaN, but never to another number."""
+        eager, compiled = self.run(branches, shapes, "train")
+        for rank in range(2):
+            for name, expected in eager[rank].items():
+                got = compiled[rank][name]
+                close = np.isclose(got, expected, rtol=1e-4, atol=1e-5)
+                lost = np.isnan(got) & ("grad" in name)
+                assert (close | lost).all(), (rank, name)
+
+    def run(
+        self, pool: RankPool, shapes: tuple[tuple[int, ...], ...], mode: str
+    ) -> list[list[dict[str, Any]]]:
+        """What each rank got, in PyNative and compiled."""
+        found = []
+        for eager in (True, False):
+            layer = {"num_features": 3, "eager": eager}
+            checks = ("y", "grad_input", "running_mean", "running_var")
+            steps = (CaseStep(shapes, mode), CaseStep(shapes, mode))
+            case = Case("FWD-1", "branches", 2, layer, steps, checks, state="initial")
+            outcome = pool.run(case)
+            assert outcome.details == ""
+            answers = []
+            for answer in outcome.answers:
+                assert answer is not None
+                assert [s.get("error") for s in answer.content["steps"]] == [None, None]
+                assert len(answer.arrays) == 8
+                answers.append(answer.arrays)
+            found.append(answers)
+        return found

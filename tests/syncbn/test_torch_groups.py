@@ -1,0 +1,228 @@
+"""Process groups of the PyTorch layer, on three ranks."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import gc
+import json
+import multiprocessing
+import pickle
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from syncbn.torch import SyncBatchNorm, create_group
+from tests.syncbn.torch_layers import (
+    assert_step,
+    assert_tracked,
+    assert_untouched,
+    make_layer,
+    numpy_of,
+    oracle_of,
+    randn,
+    state_of,
+)
+
+RANKS = 3
+DEADLINE = 90.0  # seconds for all that the ranks do
+TIMEOUT = datetime.timedelta(seconds=20)  # for a collective, so that a lost rank is soon missed
+
+
+def _assert_statistics_of(members: list[int], layer: SyncBatchNorm, rank: int) -> None:
+    """A training step takes the statistics of these ranks together."""
+    oracle = oracle_of(layer)
+    layer(randn(5, 3, seed=rank))
+    oracle.forward([numpy_of(randn(5, 3, seed=member)) for member in members])
+    assert_tracked(layer, oracle)
+
+
+pair_of_first_world: weakref.ref[dist.ProcessGroup] | None = None
+
+
+def members_make_a_group(rank: int) -> None:
+    global pair_of_first_world
+    if rank in (0, 1):
+        pair = create_group("pair", [1, 0])
+        assert isinstance(pair, dist.ProcessGroup)
+        assert dist.get_process_group_ranks(pair) == [0, 1]
+        pair_of_first_world = weakref.ref(pair)
+        assert create_group("pair", (0, np.int64(1))) is pair  # type: ignore[arg-type]
+        assert create_group("alias", [0, 1]) is pair
+        assert create_group(None, [0, 1]) is pair
+        for process_group in ("pair", "alias", [0, 1], (1, 0), pair):
+            assert SyncBatchNorm(3, process_group=process_group).process_group is pair
+        _assert_statistics_of([0, 1], make_layer(process_group="pair"), rank)
+
+
+def one_outside_evaluates(rank: int) -> None:
+    layer = make_layer(process_group=[0, 1])
+    if rank != 2:
+        return
+    assert layer.process_group == dist.GroupMember.NON_GROUP_MEMBER
+    assert create_group(None, [1, 0]) == dist.GroupMember.NON_GROUP_MEMBER
+    for member in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_step(member.eval(), randn(5, 3), randn(5, 3, seed=1))
+        before = state_of(member)
+        with pytest.raises(ValueError, match=r"process_group must contain .* without rank 2"):
+            member.train()(randn(5, 3))
+        assert_untouched(member, before)
+
+
+def equal_lists_share_a_communicator(rank: int) -> None:
+    first = SyncBatchNorm(3, process_group=[0, 1])
+    with mock.patch.object(dist, "new_group") as new_group:
+        layers = [SyncBatchNorm(3, process_group=[i % 2, 1 - i % 2]) for i in range(200)]
+    new_group.assert_not_called()
+    assert all(layer.process_group is first.process_group for layer in layers)
+
+
+def wrong_groups_are_refused(rank: int) -> None:
+    for ids in ([0, 3], [-1], (3,)):
+        with pytest.raises(ValueError, match=r"process_group must be in \[0, 3\), got "):
+            SyncBatchNorm(3, process_group=ids)
+    with pytest.raises(ValueError, match=r"distinct, got \[0, 0\]"):
+        SyncBatchNorm(3, process_group=[0, 0])
+    with pytest.raises(ValueError, match=r"empty list"):
+        SyncBatchNorm(3, process_group=[])
+    with pytest.raises(ValueError, match=r"known: .*\), got 'trio'"):
+        SyncBatchNorm(3, process_group="trio")
+    for wrong in ({0, 1}, 1, True, 1.5, -100.0, object, np.array([0, 1]), torch.ones(2)):
+        with pytest.raises(TypeError, match="process_group must be None, a ProcessGroup"):
+            SyncBatchNorm(3, process_group=wrong)
+    with pytest.raises(TypeError, match=r"ints, got 1\.0 of type float in it"):
+        SyncBatchNorm(3, process_group=[0, 1.0])
+    with pytest.raises(TypeError, match=r"name must be a str or None, got 7"):
+        create_group(7, [0, 1])  # type: ignore[arg-type]
+    if rank != 2:
+        with pytest.raises(ValueError, match=r"got 'pair' for ranks \[0, 2\].* ranks \[0, 1\]"):
+            create_group("pair", [0, 2])
+
+
+def overlapping_groups(rank: int) -> None:
+    """torch alone would hang: it names a group after how many this rank has made (issue 173608)."""
+    for members in ([0, 1], [1, 2], [0, 2]):
+        if rank in members:
+            name = str(members)
+            group = create_group(name, members)
+            assert isinstance(group, dist.ProcessGroup)
+            assert dist.get_process_group_ranks(group) == members
+            _assert_statistics_of(members, make_layer(process_group=name), rank)
+
+
+def torch_still_makes_groups(rank: int) -> None:
+    """It counts those that all ranks have made, and the ranks must agree on the number."""
+    ones = torch.ones(1)
+    dist.all_reduce(ones, group=dist.new_group([0, 1, 2]))
+    assert ones.item() == RANKS
+
+
+def a_copy_shares_the_group(rank: int) -> None:
+    world = SyncBatchNorm(3, process_group=dist.group.WORLD)
+    layers = [world] if rank == 2 else [make_layer(process_group="pair"), world]
+    for layer in layers:
+        clone, again = copy.deepcopy(torch.nn.Sequential(layer, layer))
+        assert clone is again
+        assert isinstance(clone, SyncBatchNorm)
+        assert clone.process_group is layer.process_group
+        assert clone.weight is not layer.weight
+        assert torch.equal(layer(randn(5, 3, seed=rank)), clone(randn(5, 3, seed=rank)))
+        assert_untouched(clone, state_of(layer))
+
+
+def one_rank_evaluates_alone(rank: int) -> None:
+    if rank == 0:
+        for track in (True, False):
+            layer = make_layer(track_running_stats=track).eval()
+            assert_step(layer, randn(5, 3), randn(5, 3, seed=1))
+
+
+def groups_went_with_their_world(rank: int) -> None:
+    gc.collect()
+    # Gloo's threads abort a process that ends while something still holds their group.
+    assert pair_of_first_world is None or pair_of_first_world() is None
+    with pytest.raises(ValueError, match=r"known: none\), got 'pair'"):
+        SyncBatchNorm(3, process_group="pair")
+
+
+def a_call_from_outside_leaves_no_trace(rank: int) -> None:
+    if rank == 2:
+        assert create_group(None, [0, 1]) == dist.GroupMember.NON_GROUP_MEMBER
+    if rank in (0, 2):
+        create_group("pair", [0, 2])
+        _assert_statistics_of([0, 2], make_layer(process_group="pair"), rank)
+
+
+# Each list runs in a world of its own.
+WORLDS: list[list[Callable[[int], None]]] = [
+    [
+        members_make_a_group,
+        one_outside_evaluates,
+        equal_lists_share_a_communicator,
+        wrong_groups_are_refused,
+        overlapping_groups,
+        torch_still_makes_groups,
+        a_copy_shares_the_group,
+        one_rank_evaluates_alone,
+    ],
+    [groups_went_with_their_world, a_call_from_outside_leaves_no_trace],
+]
+
+
+def _run_rank(rank: int, folder: Path) -> None:
+    """Take the checks in order, up to one that fails: the ranks would no longer be in step."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    outcome: dict[str, str] = {}
+    for index, checks in enumerate(WORLDS):
+        store = f"file://{folder}/world-{index}"
+        dist.init_process_group(
+            "gloo", init_method=store, rank=rank, world_size=RANKS, timeout=TIMEOUT
+        )
+        for check in checks:
+            try:
+                check(rank)
+                dist.barrier()
+                outcome[check.__name__] = "passed"
+            except BaseException:
+                outcome[check.__name__] = traceback.format_exc()
+                return
+            finally:
+                (folder / str(rank)).write_text(json.dumps(outcome))
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What became of every check on every rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=_run_rank, args=(rank, folder)) for rank in range(RANKS)]
+    ends = time.monotonic() + DEADLINE
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, ends - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    files = [folder / str(rank) for rank in range(RANKS)]
+    return [json.loads(file.read_text()) if file.exists() else {} for file in files]
+
+
+@pytest.mark.parametrize("check", [check.__name__ for checks in WORLDS for check in checks])
+def test_groups_on_three_ranks(check: str, outcomes: list[dict[str, str]]) -> None:
+    for rank, outcome in enumerate(outcomes):
+        found = outcome.get(check, "not reached, or not done by the deadline")
+        assert found == "passed", f"rank {rank}: {found}"
