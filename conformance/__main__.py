@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from syncbn import reports
-from syncbn.conformance import ConformanceError, explore, must_pass, runner, targets
+from syncbn.conformance import ConformanceError, explore, must_pass, report, runner, targets
 from syncbn.conformance.case import Case, load
 from syncbn.conformance.cases import PROFILES, catalogue
 from syncbn.conformance.clauses import CLAUSES
@@ -62,14 +62,20 @@ def _run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(RankPool(target, options.ranks, options.launcher))
-        beside: RankPool | str = (
-            oracle if isinstance(oracle, str) else RankPool(oracle, options.ranks)
+        oracle_pool: RankPool | str = (
+            oracle
+            if isinstance(oracle, str)
+            else stack.enter_context(RankPool(oracle, options.ranks))
         )
-        if isinstance(beside, RankPool):
-            stack.enter_context(beside)
-        results = _with_progress(pool, cases, beside)
-    seconds = time.monotonic() - start
-    document = runner.report(pool, results, options.profile, options.level, seconds, beside)
+        results = _with_progress(pool, cases, oracle_pool)
+    document = report.build(
+        pool,
+        results,
+        profile=options.profile,
+        level=options.level,
+        seconds=time.monotonic() - start,
+        oracle=oracle_pool,
+    )
     reports.summarize(document, _output())
     reports.save(document, out / "report.json")
     print(f"report: {out / 'report.json'}")

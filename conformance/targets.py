@@ -19,7 +19,7 @@ class Target:
 
     rung says what the results stand for: `device` is the layer itself on the device named. On cpu
     some stand for Ascend: `substituted`, with stand-ins for kernels that only Ascend has
-    (syncbn.conformance.ranks.substitutes for MindSpore, .aclnn for PyTorch); `twin`, with our
+    (syncbn.conformance.ranks.substitutes); `twin`, with our
     kernels as Ascend's compiler lowered them; `interpreted`, with our kernels in Triton's
     interpreter.
     mode: how MindSpore runs it, one of MODES; None for a framework that knows but one way.

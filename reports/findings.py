@@ -13,8 +13,8 @@ _SHOWN = 4  # failing cases of a clause and a run
 _RUNGS = {
     "device": "the layer itself",
     "substituted": "the layer's own code, with substitutes for the kernels and collectives that "
-    "only Ascend has (conformance/ranks/substitutes.py); on one rank and in eval MindSpore's own "
-    "operator uses none of them",
+    "only Ascend has (conformance/ranks/substitutes/mindspore.py); on one rank and in eval "
+    "MindSpore's own operator uses none of them",
 }
 _INTRODUCTION = """\
 Statement by statement, what the layer did in the runs below, and the command that shows it again.

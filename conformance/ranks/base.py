@@ -1,7 +1,7 @@
-"""What a rank does with a case whatever its framework: build the layer, take the steps, answer.
+"""A rank: it builds the layer of a case, takes the steps and answers.
 
-The answer holds facts as JSON values and named arrays; syncbn.conformance.verdict judges them.
-What depends on the framework is an abstract method.
+The answer holds facts as JSON values and named arrays. A rank never judges them; that is the work
+of syncbn.conformance.verdict. The abstract methods are all that a framework must provide.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ _NEEDED = {
 }
 
 
-class FrameworkRank(ABC):
-    """Builds the target's layer with the documented arguments only, and calls it on tensors.
+class Rank(ABC):
+    """One process of a target. It builds the layer with the documented arguments only.
 
     Args:
         target: a syncbn.conformance.targets.Target as a document.
-        rank, ranks: the place of this process, and how many there are.
-        framework: the module of the framework, for the dtypes that it names.
+        rank: the id of this process.
+        ranks: the number of processes.
+        framework: the module of the framework, which names the dtypes.
 
     `groups` holds the framework's process groups by their ranks.
     """
@@ -57,6 +58,22 @@ class FrameworkRank(ABC):
         self.cls = _find(target["module"], target["cls"])
         self.framework = framework
         self.groups: dict[tuple[int, ...], Any] = {}
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Names and versions of the software that the results depend on."""
+
+    @abstractmethod
+    def host(self) -> int:
+        """The port where the ranks are to meet, a new number every time. Only rank 0 hosts."""
+
+    @abstractmethod
+    def join(self, port: int) -> None:
+        """Form a world with the other ranks: a new one, or an old one that is proven to work.
+
+        Raises:
+            Exception: this process can form none. The controller then starts other processes.
+        """
 
     @abstractmethod
     def build(self, arguments: dict[str, Any]) -> Any:
@@ -105,9 +122,9 @@ class FrameworkRank(ABC):
         layer; and if counting, how many collectives the forward and the backward issued.
         """
 
-    def missing(self, case: Case) -> str | None:
-        """Why the case cannot be asked on this platform; alike on all ranks."""
-        return None
+    @abstractmethod
+    def unsupported(self, case: Case) -> str | None:
+        """Why this target cannot run the case, or None. All ranks must give the same answer."""
 
     def is_channels_last(self, tensor: Any) -> bool:
         return False
@@ -120,7 +137,7 @@ class FrameworkRank(ABC):
         # On accelerators and in graphs our layer raises an error on all ranks only in debug mode,
         # which the other cases are not to be run in.
         os.environ["SYNCBN_DEBUG"] = str(int(any(step.error for step in case.steps)))
-        if reason := self.missing(case):
+        if reason := self.unsupported(case):
             return {"unsupported": reason}, {}
         answer, arrays = self._run(case)
         if "repeatable" in case.checks:

@@ -26,8 +26,8 @@ from mindspore.ops.auto_generate import gen_ops_prim
 from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.ranks import substitutes
-from syncbn.conformance.ranks.base import NO_FLOAT64, FrameworkRank
+from syncbn.conformance.ranks.base import NO_FLOAT64, Rank
+from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ _UNKNOWN = [cls for name, cls in vars(gen_ops_prim).items() if name.startswith("
 _FRAMES = re.compile(r"\s*\n-{10,}\n- (C\+\+ Call Stack|The Traceback of).*", re.DOTALL)
 
 
-class MindSporeRank(FrameworkRank):
+class MindSporeRank(Rank):
     """A process of MindSpore, which can form only one world in its life."""
 
     def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
@@ -120,7 +120,7 @@ class MindSporeRank(FrameworkRank):
         array: npt.NDArray[Any] = wide.asnumpy().copy()
         return array
 
-    def missing(self, case: Case) -> str | None:
+    def unsupported(self, case: Case) -> str | None:
         for dtype in _FLOATING:
             if dtype in case.dtypes and (reason := _lacks(dtype)):
                 return f"MindSpore {ms.__version__} has no {dtype} on {self.platform}: {reason}"
@@ -149,7 +149,7 @@ class MindSporeRank(FrameworkRank):
         return described | {"message": _FRAMES.sub("", described["message"]).strip()}
 
     def data_parallel(self, layer: nn.Cell) -> nn.Cell:
-        raise NotImplementedError  # see `missing`
+        raise NotImplementedError  # see `unsupported`
 
     def communicators(self) -> int:
         return len(_ExistingGroup.ITEMS)

@@ -20,15 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.ranks import aclnn
-from syncbn.conformance.ranks.base import NO_FLOAT64, FrameworkRank
+from syncbn.conformance.ranks.base import NO_FLOAT64, Rank
+from syncbn.conformance.ranks.substitutes import torch as substitutes
 
 T = TypeVar("T")
+
+_RANK_IDS = "the target takes a ProcessGroup, and torch checks the rank ids of that"
 
 _COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
-class TorchRank(FrameworkRank):
+class TorchRank(Rank):
     """A process of torch.distributed; the world is formed anew whenever the controller asks."""
 
     def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
@@ -40,7 +42,7 @@ class TorchRank(FrameworkRank):
         if target["rung"] == "interpreted":
             os.environ["TRITON_INTERPRET"] = "1"
         if target["rung"] == "substituted":
-            aclnn.install()
+            substitutes.install()
         super().__init__(target, rank, ranks, torch)
         if not isinstance(self.cls(1), nn.Module):
             raise TypeError(f"{target['cls']} must be a torch.nn.Module")
@@ -140,7 +142,9 @@ class TorchRank(FrameworkRank):
         found["grad_input_format"] = formats[-1] if formats else None
         return {"y": ys[0], "grad_input": x.grad, **found}, collectives
 
-    def missing(self, case: Case) -> str | None:
+    def unsupported(self, case: Case) -> str | None:
+        if "process_group" in case.layer and not self.rank_ids:
+            return _RANK_IDS
         if self.no_float64 and "float64" in case.dtypes:
             return NO_FLOAT64
         return None

@@ -16,33 +16,14 @@ import tempfile
 import threading
 import traceback
 from multiprocessing.connection import Client, Connection
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from syncbn.conformance import wire
-from syncbn.conformance.case import Case, load
-
-
-class Rank(Protocol):
-    """What a framework's module provides in the rank process."""
-
-    def versions(self) -> dict[str, str]:
-        """Names and versions of what the results depend on."""
-
-    def host(self) -> int:
-        """On rank 0: the port where the ranks are to meet, a fresh number every time."""
-
-    def join(self, port: int) -> None:
-        """Form a world, fresh or proven to be as good as fresh.
-
-        Raises:
-            Exception: it cannot be had in this process; the controller starts others.
-        """
-
-    def run(self, case: Case) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        """Run a case; errors of the target are part of the answer."""
+from syncbn.conformance.case import load
+from syncbn.conformance.ranks.base import Rank
 
 
 def serve(connection: Connection, rank: int, ranks: int, local_rank: int) -> None:

@@ -98,7 +98,7 @@ def test_bad_input_is_one_clear_line(
     assert main([*arguments, *more]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "starting" not in line]
     assert len(lines) == 1
-    assert lines[0].startswith("conformance: ")
+    assert lines[0].startswith("syncbn-conformance: ")
     assert text in lines[0]
     assert not (tmp_path / "report.json").exists()
 

@@ -1,59 +1,67 @@
-"""The report of a run passes if, and only if, every clause that counts passed in all its cases."""
+"""Who is asked what, and what the answers of target and oracle mean together."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
-from syncbn.conformance import runner, targets
-from syncbn.conformance.cases import catalogue
-from syncbn.conformance.pool import RankPool
-from syncbn.conformance.runner import Result
-from syncbn.conformance.verdict import Verdict
+from syncbn.conformance import runner
+from syncbn.conformance.case import Case, Step
+from syncbn.conformance.data import shard
+from syncbn.conformance.expected import expect
+from syncbn.conformance.pool import Outcome, RankPool
+from syncbn.conformance.wire import Message
 
-RANKS = 2
-CASES = catalogue(RANKS, "smoke")
-DOCUMENTED, DECIDED = "FWD-1", "FWD-3"
-
-
-def report(verdicts: dict[str, str], level: str = "decided") -> dict[str, Any]:
-    """Of a run in which every case passed, but for one each of the clauses named."""
-    results = [Result(c, Verdict(verdicts.get(c.clause, "pass"), 0.5, "m"), 0.1) for c in CASES]
-    results += [Result(c, Verdict("pass", 0.25), 0.1) for c in CASES]
-    pool = RankPool(targets.parse("syncbn.torch"), RANKS)
-    return runner.report(pool, results, "smoke", level, 1.0, "none was asked for")
+CASE = Case("FWD-1", "one rank", 1, {"num_features": 3}, (Step(((4, 3),), backward=False),), ("y",))
 
 
-def clause(document: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = (one for one in document["clauses"] if one["id"] == name)
-    row: dict[str, Any] = found
-    return row
+class Answers:
+    """A pool whose only rank answers with y = the expected y + `error`, or with facts alone."""
+
+    def __init__(self, error: float = 0.0, **facts: Any) -> None:
+        self.message = Message({"steps": [{}]} | facts, {})
+        if not facts:
+            first = expect(CASE)[0][0]
+            assert first is not None
+            y = first.values["y"]
+            assert y is not None
+            self.message.arrays["0/y"] = y.value + np.full(shard(CASE, 0, 0).shape, error)
+
+    def run(self, case: Case) -> Outcome:
+        return Outcome([self.message])
 
 
-def test_a_run_in_which_all_cases_pass_passes() -> None:
-    document = report({})
-    assert document["summary"]["verdict"] == "pass"
-    assert document["summary"]["cases"]["pass"] == 2 * len(CASES)
-    assert clause(document, DOCUMENTED)["required"]
-    assert clause(document, DOCUMENTED)["worst_ratio"] == 0.5
+class NeverAsked:
+    def run(self, case: Case) -> Outcome:
+        raise AssertionError("the oracle must not be asked")
 
 
-@pytest.mark.parametrize("bad", ["fail", "hang", "crash"])
-@pytest.mark.parametrize("name", [DOCUMENTED, DECIDED])
-def test_one_bad_case_fails_the_run(name: str, bad: str) -> None:
-    document = report({name: bad})
-    assert document["summary"]["verdict"] == "fail"
-    assert clause(document, name)["verdict"] == bad
-    assert clause(document, name)["reason"] == "m"
-    assert document["summary"]["cases"][bad] == 1
+def run_case(target: Any, oracle: Any) -> runner.Result:
+    return runner.run_case(cast(RankPool, target), CASE, cast(RankPool, oracle))
 
 
-def test_only_documented_clauses_count_if_that_is_the_level() -> None:
-    for name, verdict in ((DECIDED, "pass"), (DOCUMENTED, "fail")):
-        assert report({name: "fail"}, "documented")["summary"]["verdict"] == verdict
+@pytest.mark.parametrize(
+    ("target", "oracle", "finding"),
+    [
+        (Answers(), Answers(), "agree"),
+        (Answers(0.1), Answers(), "target departs"),
+        (Answers(), Answers(0.1), "oracle departs"),
+        (Answers(0.1), Answers(0.1), "reference departs"),
+        (Answers(0.1), Answers(-0.1), "both depart"),
+        (Answers(), Answers(unsupported="no kernel"), "no answer"),
+        (Answers(), Answers(failed="RuntimeError: broken"), "no answer"),
+    ],
+)
+def test_findings(target: Answers, oracle: Answers, finding: str) -> None:
+    comparison = run_case(target, oracle).comparison
+    assert comparison is not None
+    assert comparison.finding == finding
+    assert finding in runner.FINDINGS
 
 
-def test_cases_that_could_not_be_asked_are_shown() -> None:
-    row = clause(report({"FWD-1": "unsupported"}), "FWD-1")
-    assert (row["verdict"], row["unsupported"], row["cases"]) == ("pass", 1, 2)
+def test_no_oracle_is_asked_what_the_target_does_not_support() -> None:
+    result = run_case(Answers(unsupported="no float64"), NeverAsked())
+    assert (result.verdict.verdict, result.verdict.message) == ("unsupported", "no float64")
+    assert result.comparison is None

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import reference
-from syncbn.conformance.ranks import aclnn
+from syncbn.conformance.ranks.substitutes import torch as substitutes
 from syncbn.conformance.verdict import THRESHOLD, ratio
 from syncbn.torch.backends import Backend, aten, load
 from syncbn.torch.function import FLOATING
@@ -41,7 +41,7 @@ Process = Callable[..., Any]
 def standing_in() -> Iterator[Process]:
     """Calls a function of this module where the stand-ins are installed."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=aclnn.install) as process:
+    with ProcessPoolExecutor(1, spawn, initializer=substitutes.install) as process:
         yield lambda function, *arguments: process.submit(function, *arguments).result()
 
 

@@ -28,7 +28,7 @@ from syncbn.conformance import targets
 from syncbn.conformance.case import Case
 from syncbn.conformance.case import Step as CaseStep
 from syncbn.conformance.pool import RankPool
-from syncbn.conformance.ranks import substitutes
+from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 from syncbn.mindspore import SyncBatchNorm, backends, create_group, groups
 from syncbn.mindspore import layer as layer_module
 from syncbn.mindspore.backends import aclnn, composed

@@ -1,0 +1,1 @@
+"""CPU substitutes for kernels that only Ascend has: one module for each framework."""

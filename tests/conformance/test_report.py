@@ -1,0 +1,61 @@
+"""The report of a run passes if, and only if, every clause that counts passed in all its cases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from syncbn.conformance import report, targets
+from syncbn.conformance.cases import catalogue
+from syncbn.conformance.pool import RankPool
+from syncbn.conformance.runner import Result
+from syncbn.conformance.verdict import Verdict
+
+RANKS = 2
+CASES = catalogue(RANKS, "smoke")
+DOCUMENTED, DECIDED = "FWD-1", "FWD-3"
+
+
+def report_of(verdicts: dict[str, str], level: str = "decided") -> dict[str, Any]:
+    """The report of a run in which every case passed, except one of each clause named."""
+    results = [Result(c, Verdict(verdicts.get(c.clause, "pass"), 0.5, "m"), 0.1) for c in CASES]
+    results += [Result(c, Verdict("pass", 0.25), 0.1) for c in CASES]
+    pool = RankPool(targets.parse("syncbn.torch"), RANKS)
+    return report.build(
+        pool, results, profile="smoke", level=level, seconds=1.0, oracle="none was asked for"
+    )
+
+
+def clause(document: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = (one for one in document["clauses"] if one["id"] == name)
+    row: dict[str, Any] = found
+    return row
+
+
+def test_a_run_in_which_all_cases_pass_passes() -> None:
+    document = report_of({})
+    assert document["summary"]["verdict"] == "pass"
+    assert document["summary"]["cases"]["pass"] == 2 * len(CASES)
+    assert clause(document, DOCUMENTED)["required"]
+    assert clause(document, DOCUMENTED)["worst_ratio"] == 0.5
+
+
+@pytest.mark.parametrize("bad", ["fail", "hang", "crash"])
+@pytest.mark.parametrize("name", [DOCUMENTED, DECIDED])
+def test_one_bad_case_fails_the_run(name: str, bad: str) -> None:
+    document = report_of({name: bad})
+    assert document["summary"]["verdict"] == "fail"
+    assert clause(document, name)["verdict"] == bad
+    assert clause(document, name)["reason"] == "m"
+    assert document["summary"]["cases"][bad] == 1
+
+
+def test_only_documented_clauses_count_if_that_is_the_level() -> None:
+    for name, verdict in ((DECIDED, "pass"), (DOCUMENTED, "fail")):
+        assert report_of({name: "fail"}, "documented")["summary"]["verdict"] == verdict
+
+
+def test_cases_that_could_not_be_asked_are_shown() -> None:
+    row = clause(report_of({"FWD-1": "unsupported"}), "FWD-1")
+    assert (row["verdict"], row["unsupported"], row["cases"]) == ("pass", 1, 2)
