@@ -9,7 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from audit import failures, ladder, mutate, study
+from audit import ladder, mutate, study
+from audit.failures import known
+from audit.failures import page as failures
 from audit.mutants import run as mutants
 from audit.mutants.found import FRAMEWORKS
 from syncbn.conformance import ConformanceError
@@ -61,7 +63,7 @@ def _mutate(options: argparse.Namespace) -> int:
 
 
 def _failures(options: argparse.Namespace) -> int:
-    failures.write(options.out, catalogue(4, "certify"))
+    failures.write(options.out, known.load(), catalogue(4, "certify"))
     print(f"wrote {options.out}")
     return 0
 

@@ -1,8 +1,8 @@
-"""The mutants: layers with exactly one planted bug each, most of them somebody's real one.
+"""The mutants: layers with exactly one planted fault each. Most are real bugs of other projects.
 
-A docstring says what is wrong and, after `Source:`, who got it wrong, written as in
-audit.failures; or `derived from` a file here, if nobody is known to have. `dies_in` names the
-clauses in each of which the suite must find the bug; it may die in others as well.
+A docstring describes the fault and, after `Source:`, names the projects that had it, written as in
+audit/failures/known.toml. If none is known, it is `derived from` a file of this project. `dies_in`
+lists the clauses in which the suite must find the fault; others may find it as well.
 """
 
 from __future__ import annotations

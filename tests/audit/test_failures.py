@@ -1,4 +1,4 @@
-"""The registry of known failures fits the cases, and docs/failure-modes.md shows both."""
+"""The list of known failures fits the cases, and docs/failure-modes.md shows both."""
 
 from __future__ import annotations
 
@@ -8,45 +8,43 @@ from pathlib import Path
 
 import pytest
 
-from audit import failures
-from audit.failures import FAILURES, SOURCE, Failure, RegistryError
+from audit.failures import known, page
+from audit.failures.known import SOURCE, Failure, FailureListError
 from syncbn.conformance.cases import catalogue
 
 ROOT = Path(__file__).parents[2]
 CASES = catalogue(4, "certify")
-ASKED = Failure(
-    "asked", ("one/project#1", "one/project#2"), "It was wrong.", asked=(("FWD-3", "cut"),)
-)
-NOT_ASKED = Failure(
-    "not-asked", ("one/project: its/file.py, a part",), "Also wrong.", not_asked="No layer."
-)
+SECTIONS = known.load()
 
 
 def test_every_failure_has_cases_or_a_reason() -> None:
-    assert failures.problems(CASES) == []
+    assert len(known.flat(SECTIONS)) > 80
+    assert known.problems(SECTIONS, CASES) == []
 
 
-def test_the_document_is_that_of_the_registry_and_the_cases() -> None:
+def test_the_page_is_current() -> None:
     kept = (ROOT / "docs" / "failure-modes.md").read_text(encoding="utf-8")
-    assert kept == failures.document(CASES), "make it again: python -m audit failures"
+    assert kept == page.document(SECTIONS, CASES), "make it again: python -m audit failures"
 
 
-def test_what_a_reason_names_exists() -> None:
-    """Files, and tests as pytest names them: FILE::CLASS::TEST[PARAMETER]."""
-    reasons = [failure.not_asked or "" for section in FAILURES.values() for failure in section]
-    named = re.findall(r"`((?:conformance|docs)/[^`:]+)((?:::[^`]+)?)`", " ".join(reasons))
-    assert named
+def test_every_file_and_test_that_a_reason_names_exists() -> None:
+    """Tests are named as pytest names them: FILE::CLASS::TEST[PARAMETER]."""
+    reasons = " ".join(failure.no_case for failure in known.flat(SECTIONS))
+    named = re.findall(r"`((?:docs|tests)/[^`:]+)((?:::[^`]+)?)`", reasons)
+    assert any(test for _, test in named)
     for file, test in named:
         text = (ROOT / file).read_text(encoding="utf-8")
         for name in re.findall(r"\w+", test):
-            assert re.search(rf"^\s*(def|class) {name}\b", text, re.M), f"{file} has no {name}"
+            assert re.search(rf"^\s*(def|class) {name}\b|\b{name}=|\"{name}\"", text, re.M), (
+                f"{file} has no {name}"
+            )
 
 
 @pytest.mark.parametrize(
     "source",
     ["one/project#1", "one/project@0123abc", "one/project: a/file.py", "one/project: a.md, here"],
 )
-def test_sources_that_are_well_formed(source: str) -> None:
+def test_good_sources(source: str) -> None:
     assert SOURCE.fullmatch(source)
 
 
@@ -54,86 +52,102 @@ def test_sources_that_are_well_formed(source: str) -> None:
     "source",
     ["#1", "project#1", "one/project", "one/project#", "one/project@main", "one/project:a/file.py"],
 )
-def test_sources_that_are_not(source: str) -> None:
+def test_bad_sources(source: str) -> None:
     assert not SOURCE.fullmatch(source)
 
 
-class TestPlanted:
-    """A small registry, and cases that fit it but for one fault."""
+def test_white_space_in_a_text_is_one_space() -> None:
+    assert not any("\n" in failure.went_wrong for failure in known.flat(SECTIONS))
 
-    @pytest.fixture(autouse=True)
-    def registry(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plant(monkeypatch, ASKED, NOT_ASKED)
 
-    asking, other = (replace(CASES[0], clause="FWD-3", title=title) for title in ("cut", "cuts"))
+CAUGHT = Failure("caught", "It was wrong.", ("one/project#1", "one/project#2"), {"FWD-3": "cut"})
+NOT_CAUGHT = Failure(
+    "not-caught", "Also wrong.", ("one/project: its/file.py, a part",), no_case="No layer."
+)
+CATCHES, OTHER = (replace(CASES[0], clause="FWD-3", title=title) for title in ("cut", "cuts"))
 
-    def plant(self, monkeypatch: pytest.MonkeyPatch, *found: Failure) -> None:
-        monkeypatch.setattr(failures, "FAILURES", {"One": found[:1], "Two": found[1:]})
 
-    def test_nothing(self) -> None:
-        assert failures.problems([self.asking]) == []
+def small(*failures: Failure) -> dict[str, list[Failure]]:
+    """The two failures, in a section each."""
+    return {f"Section {number}": [failure] for number, failure in enumerate(failures, 1)}
 
-    def test_the_case_of_a_failure_is_found(self) -> None:
-        assert failures.answers([self.asking, self.other]) == {
-            "asked": [self.asking],
-            "not-asked": [],
-        }
 
-    def test_a_case_that_there_is_not(self) -> None:
-        (problem,) = failures.problems([self.other])
-        assert problem == "asked: no case of FWD-3 has a title like 'cut'"
+def test_a_list_that_fits() -> None:
+    assert known.problems(small(CAUGHT, NOT_CAUGHT), [CATCHES]) == []
 
-    def test_neither_case_nor_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plant(monkeypatch, replace(ASKED, asked=()), NOT_ASKED)
-        (problem,) = failures.problems([self.asking])
-        assert problem == "asked: it must name cases that ask about it, or say why there are none"
 
-    def test_both_case_and_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plant(monkeypatch, replace(ASKED, not_asked="No layer."), NOT_ASKED)
-        (problem,) = failures.problems([self.asking])
-        assert problem == "asked: it must name cases that ask about it, or say why there are none"
+def test_a_case_catches_a_failure_by_its_whole_title() -> None:
+    assert known.cases_of(CAUGHT, [CATCHES, OTHER]) == [CATCHES]
+    assert known.cases_of(NOT_CAUGHT, [CATCHES, OTHER]) == []
 
-    def test_a_name_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plant(monkeypatch, ASKED, replace(NOT_ASKED, id="asked"))
-        assert "asked: there are 2 failures of this name" in failures.problems([self.asking])
 
-    def test_a_source_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plant(monkeypatch, ASKED, replace(NOT_ASKED, id="other", sources=ASKED.sources[1:]))
-        expected = "other: 'one/project#2' is a source of asked already"
-        assert expected in failures.problems([self.asking])
+@pytest.mark.parametrize(
+    ("first", "second", "problem"),
+    [
+        (
+            replace(CAUGHT, caught_by={}),
+            NOT_CAUGHT,
+            "caught: it must have either caught_by or no_case",
+        ),
+        (
+            replace(CAUGHT, no_case="No layer."),
+            NOT_CAUGHT,
+            "caught: it must have either caught_by or no_case",
+        ),
+        (
+            replace(CAUGHT, caught_by={"FWD-3": "cut", "FWD-4": "cut"}),
+            NOT_CAUGHT,
+            "caught: no case of FWD-4 has a title like 'cut'",
+        ),
+        (
+            CAUGHT,
+            replace(NOT_CAUGHT, id="caught"),
+            "caught: the list has 2 failures of this id",
+        ),
+        (
+            CAUGHT,
+            replace(NOT_CAUGHT, sources=CAUGHT.sources[1:]),
+            "not-caught: 'one/project#2' is already a source of caught",
+        ),
+        (CAUGHT, replace(NOT_CAUGHT, sources=()), "not-caught: it has no source"),
+        (
+            CAUGHT,
+            replace(NOT_CAUGHT, sources=("hearsay",)),
+            "not-caught: a source must not be written like 'hearsay'",
+        ),
+    ],
+)
+def test_problems(first: Failure, second: Failure, problem: str) -> None:
+    assert known.problems(small(first, second), [CATCHES]) == [problem]
 
-    def test_no_source(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plant(monkeypatch, ASKED, replace(NOT_ASKED, sources=()))
-        assert failures.problems([self.asking]) == ["not-asked: it has no source"]
 
-    def test_a_source_that_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plant(monkeypatch, ASKED, replace(NOT_ASKED, sources=("hearsay",)))
-        (problem,) = failures.problems([self.asking])
-        assert problem == "not-asked: a source is not written like 'hearsay'"
+def test_page(tmp_path: Path) -> None:
+    page.write(tmp_path / "page.md", small(CAUGHT, NOT_CAUGHT), [CATCHES])
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "2 ways" in text
+    assert "For 1 of them the suite has a case" in text
+    assert (
+        "## Section 1\n\n| failure | sources | caught by |\n| --- | --- | --- |\n"
+        "| **caught**: It was wrong. "
+        "| [one/project#1](https://github.com/one/project/issues/1), "
+        "[one/project#2](https://github.com/one/project/issues/2) "
+        f"| FWD-3: `{CATCHES.id}` |\n"
+    ) in text
+    assert text.endswith(
+        "| **not-caught**: Also wrong. | [one/project: its/file.py, a part]"
+        "(https://github.com/one/project/blob/HEAD/its/file.py) | no case. No layer. |\n"
+    )
 
-    def test_document(self, tmp_path: Path) -> None:
-        failures.write(tmp_path / "page.md", [self.asking])
-        text = (tmp_path / "page.md").read_text(encoding="utf-8")
-        assert "2 ways" in text
-        assert "1 of them can be asked" in text
-        assert (
-            "## One\n\n| failure | sources | asked by |\n|---|---|---|\n| **asked**: It was wrong. "
-            "| [one/project#1](https://github.com/one/project/issues/1), "
-            "[one/project#2](https://github.com/one/project/issues/2) "
-            f"| {self.asking.clause}: `{self.asking.id}` |\n"
-        ) in text
-        assert text.endswith(
-            "| **not-asked**: Also wrong. | [one/project: its/file.py, a part]"
-            "(https://github.com/one/project/blob/HEAD/its/file.py) | nothing. No layer. |\n"
-        )
 
-    def test_document_of_many_cases(self) -> None:
-        many = [replace(self.asking, seed=seed) for seed in range(7)]
-        ids = [f"`{case.id}`" for case in many]
-        assert f"| FWD-3: {', '.join(ids[:5])} and 2 more |" in failures.document(many)
-        assert f": {', '.join(ids[:6])} |" in failures.document(many[:6])
+def test_page_of_many_cases() -> None:
+    many = [replace(CATCHES, seed=seed) for seed in range(7)]
+    ids = [f"`{case.id}`" for case in many]
+    sections = small(CAUGHT, NOT_CAUGHT)
+    assert f"| FWD-3: {', '.join(ids[:5])} and 2 more |" in page.document(sections, many)
+    assert f": {', '.join(ids[:6])} |" in page.document(sections, many[:6])
 
-    def test_no_document_of_what_does_not_fit(self, tmp_path: Path) -> None:
-        with pytest.raises(RegistryError, match="asked: no case of FWD-3"):
-            failures.write(tmp_path / "page.md", [])
-        assert not (tmp_path / "page.md").exists()
+
+def test_no_page_of_a_list_that_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(FailureListError, match="caught: no case of FWD-3"):
+        page.write(tmp_path / "page.md", small(CAUGHT), [OTHER])
+    assert not (tmp_path / "page.md").exists()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from audit.failures import SOURCE
+from audit.failures.known import SOURCE
 from audit.mutants import CONTROL, MUTANTS, algorithm, run, show
 from audit.mutants.faults import Fault
 from audit.mutants.found import FRAMEWORKS, Row
