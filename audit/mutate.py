@@ -40,8 +40,9 @@ _ROOT = Path(__file__).resolve().parent.parent
 # What a step on CPU runs of the layer; the other backends have suites of their own.
 FILES = (
     "syncbn/contract.py",
+    "syncbn/protocol.py",
     "syncbn/torch/backends/composed.py",
-    "syncbn/torch/function.py",
+    "syncbn/torch/step.py",
     "syncbn/torch/functional.py",
     "syncbn/torch/groups.py",
     "syncbn/torch/layer.py",
@@ -60,10 +61,12 @@ import syncbn
 
 COPY = Path(__file__).resolve().parent
 syncbn.__path__.insert(0, str(COPY / "syncbn"))
-del sys.modules["syncbn.contract"]
+for name in ("contract", "protocol"):
+    del sys.modules[f"syncbn.{name}"]
+    delattr(syncbn, name)
 import syncbn.torch
 
-for module in (syncbn.torch, sys.modules["syncbn.contract"]):
+for module in (syncbn.torch, sys.modules["syncbn.contract"], sys.modules["syncbn.protocol"]):
     if not Path(module.__file__).is_relative_to(COPY):
         raise ImportError(f"{module.__name__} must be that of {COPY}, got {module.__file__}")
 SyncBatchNorm = syncbn.torch.SyncBatchNorm
@@ -349,7 +352,8 @@ def _copy(mutant: Mutant | None = None) -> Iterator[Target]:
         folder = Path(name)
         skipped = shutil.ignore_patterns("__pycache__")
         shutil.copytree(_ROOT / "syncbn/torch", folder / "syncbn/torch", ignore=skipped)
-        shutil.copy(_ROOT / "syncbn/contract.py", folder / "syncbn")
+        for file in ("contract.py", "protocol.py"):
+            shutil.copy(_ROOT / "syncbn" / file, folder / "syncbn")
         if mutant is not None:
             (folder / mutant.path).write_bytes(mutant.text)
         entry = folder / "entry.py"

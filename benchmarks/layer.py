@@ -31,7 +31,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from syncbn.torch import SyncBatchNorm
-from syncbn.torch.backends import wide
+from syncbn.torch.backends import statistics_dtype
 from syncbn.torch.groups import Communicator
 
 Shape = tuple[int, ...]
@@ -74,7 +74,7 @@ def time_steps(shape: Shape, layout: str, repeat: int) -> Samples:
 def time_collectives(channels: int, repeat: int) -> Samples:
     """The all_gather of a forward (mean, var and 3 words) and the all_reduce of a backward."""
     ranks = Communicator.of(None)
-    dtype = wide(torch.device("cpu"))
+    dtype = statistics_dtype(torch.device("cpu"))
     message, sums = (
         torch.zeros(2 * channels + 3, dtype=dtype),
         torch.zeros(2, channels, dtype=dtype),

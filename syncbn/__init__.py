@@ -3,7 +3,7 @@
 Importing this package imports no framework. The layer is `syncbn.torch.SyncBatchNorm`.
 """
 
-from syncbn.contract import PeerError
+from syncbn.protocol import PeerError
 
 __all__ = ["PeerError", "__version__"]
 

@@ -11,18 +11,14 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Rational, Real
 from typing import Any
 
-# What a group that trains on exactly one value per channel is told (ERR-7).
+# The dtypes of input, parameters and running statistics, by name.
+FLOATING = ("float16", "bfloat16", "float32", "float64")
+
+# The text of the error of a group that trains on exactly one value per channel (ERR-7).
 SINGLE_VALUE = (
     "the group must have more than 1 value per channel when training (the variance of one value "
     "is undefined), got 1 over all its ranks"
 )
-
-
-class PeerError(RuntimeError):
-    """Another rank of the group failed in a step that all its ranks take together (ERR-9).
-
-    The rank at fault raises its own error; every other rank raises this one, which names it.
-    """
 
 
 def check_arguments(
@@ -115,20 +111,30 @@ def check_shape(shape: Sequence[int], num_features: int) -> None:
         )
 
 
+def check_input_dtype(dtype: str, parameter_dtype: str | None) -> None:
+    """Check the dtype of the input, by name: that of the parameters, or a half with float32.
+
+    Args:
+        dtype: of the input.
+        parameter_dtype: of weight and bias; None if the layer has none.
+
+    Raises:
+        TypeError: dtype is not in FLOATING, or does not go with that of the parameters.
+    """
+    if dtype not in FLOATING:
+        raise TypeError(f"input must have one of the dtypes {', '.join(FLOATING)}, got {dtype}")
+    half_with_float32 = dtype in ("float16", "bfloat16") and parameter_dtype == "float32"
+    if parameter_dtype not in (None, dtype) and not half_with_float32:
+        raise TypeError(
+            f"input must have the dtype of the parameters, {parameter_dtype} (float16 and "
+            f"bfloat16 also go with float32), got {dtype}"
+        )
+
+
 def check_count(count: int) -> None:
     """Raise ValueError if a whole group has exactly one value per channel (ERR-7)."""
     if count == 1:
         raise ValueError(SINGLE_VALUE)
-
-
-def nothing_to_differentiate(ranks: Sequence[int]) -> str:
-    """What a group is told in which only some ranks will run a backward (GRAD-4)."""
-    names = ", ".join(f"rank {rank}" for rank in ranks)
-    return (
-        f"{names} {'has' if len(ranks) == 1 else 'have'} nothing to differentiate (no gradient is "
-        "wanted of input, weight or bias, or gradients are off), but other ranks of the group "
-        "have: their backward would wait for ever"
-    )
 
 
 def _is_int(value: Any) -> bool:

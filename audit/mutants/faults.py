@@ -621,7 +621,7 @@ class RunningInInputDtype(Fault):
 class SkipsAllReduce(Fault):
     """The sums of the backward are the rank's own, over the group's count.
 
-    Source: derived from syncbn/torch/function.py.
+    Source: derived from syncbn/torch/step.py.
     """
 
     dies_in = ("GRAD-1", "COMM-1")
@@ -633,7 +633,7 @@ class SkipsAllReduce(Fault):
 class LocalBackward(Fault):
     """The backward is that of a BatchNorm on the rank's own values.
 
-    Source: derived from syncbn/torch/function.py.
+    Source: derived from syncbn/torch/step.py.
     """
 
     dies_in = ("GRAD-1", "GRAD-3")

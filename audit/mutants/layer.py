@@ -17,13 +17,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from syncbn.contract import (
-    PeerError,
-    check_arguments,
-    check_count,
-    check_shape,
-    nothing_to_differentiate,
-)
+from syncbn.contract import check_arguments, check_count, check_shape
+from syncbn.protocol import PeerError, nothing_to_differentiate
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -20,10 +20,11 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.graph.api import _pynative_executor
 
-from syncbn.contract import PeerError, check_shape, nothing_to_differentiate
+from syncbn.contract import check_shape
 from syncbn.mindspore.backends import Backend, number, wide
 from syncbn.mindspore.graph import compiling, host_may_look
 from syncbn.mindspore.groups import ALONE, Communicator, Group
+from syncbn.protocol import PeerError, nothing_to_differentiate
 
 FLOATING = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
 

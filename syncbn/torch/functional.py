@@ -7,15 +7,15 @@ from torch import Tensor
 
 from syncbn.contract import check_count
 from syncbn.torch import backends
-from syncbn.torch.backends import host_may_look, wide
-from syncbn.torch.function import (
+from syncbn.torch.backends import may_sync_host, statistics_dtype
+from syncbn.torch.groups import ALONE, Communicator, ProcessGroupLike, resolve
+from syncbn.torch.step import (
     Statistics,
     batch_statistics,
     check_input,
-    home,
+    device_of_step,
     normalize,
 )
-from syncbn.torch.groups import ALONE, Communicator, ProcessGroupLike, resolve
 
 
 def sync_batch_norm(
@@ -65,7 +65,7 @@ def sync_batch_norm(
         RuntimeError: in training, some ranks have nothing to differentiate and others have.
         PeerError: another rank of the group raised one of these.
     """
-    ops = backends.load(backend, home(input, weight))
+    ops = backends.load(backend, device_of_step(input, weight))
     group = resolve(process_group)
     vectors = {
         "weight": weight,
@@ -79,17 +79,17 @@ def sync_batch_norm(
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("momentum=None (cumulative average) needs num_batches_tracked")
     if training:
-        ranks = Communicator.of(group)
-        stats = batch_statistics(input, num_features, weight, bias, eps, ranks, ops)
-        if host_may_look(stats.n.device):
+        communicator = Communicator.of(group)
+        stats = batch_statistics(input, num_features, weight, bias, eps, communicator, ops)
+        if may_sync_host(stats.n.device):
             check_count(int(stats.n))
         if running_mean is not None and running_var is not None:
             _update_running(running_mean, running_var, num_batches_tracked, momentum, stats)
-        return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, ranks, ops)
+        return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, communicator, ops)
     if running_mean is not None and running_var is not None:
         check_input(input, num_features, weight)
         # A copy, for a training step may move the buffer before the backward of this one.
-        mean = running_mean.to(wide(input.device), copy=True)
+        mean = running_mean.to(statistics_dtype(input.device), copy=True)
         invstd = (running_var.to(mean.dtype) + eps).rsqrt()
         return normalize(input, weight, bias, mean, invstd, None, ALONE, ops)
     stats = batch_statistics(input, num_features, weight, bias, eps, ALONE, ops)

@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.contract import check_arguments, check_dtype, check_shape
 from syncbn.torch import backends
-from syncbn.torch.function import FLOATING
 from syncbn.torch.functional import sync_batch_norm
 from syncbn.torch.groups import Group, resolve
+from syncbn.torch.step import DTYPES
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -68,7 +68,7 @@ class SyncBatchNorm(_BatchNorm):
         backend: str = "auto",
     ) -> None:
         check_arguments(num_features, eps, momentum, affine, track_running_stats)
-        check_dtype(dtype, FLOATING)
+        check_dtype(dtype, DTYPES)
         backends.load(backend)  # to refuse one that is not there before the first step
         super().__init__(
             int(num_features),

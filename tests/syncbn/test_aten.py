@@ -22,7 +22,7 @@ from syncbn import reference
 from syncbn.conformance.ranks.substitutes import torch as substitutes
 from syncbn.conformance.verdict import THRESHOLD, ratio
 from syncbn.torch.backends import Backend, aten, load
-from syncbn.torch.function import FLOATING
+from syncbn.torch.step import DTYPES
 from tests.kernels.test_kernels import needs_twin
 from tests.syncbn.torch_layers import (
     assert_step,
@@ -223,7 +223,7 @@ class TestCuda:
         [
             (torch.float16, torch.float32),
             (torch.bfloat16, torch.float32),
-            *((dtype, dtype) for dtype in FLOATING),
+            *((dtype, dtype) for dtype in DTYPES),
         ],
         ids=str,
     )

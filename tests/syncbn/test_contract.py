@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from decimal import Decimal
@@ -227,9 +228,30 @@ def test_count() -> None:
         contract.check_count(1)
 
 
-def test_peer_error_is_exported() -> None:
-    assert syncbn.PeerError is contract.PeerError
-    assert issubclass(syncbn.PeerError, RuntimeError)
+# (dtype of the input, dtype of the parameters)
+GO_TOGETHER: list[tuple[str, str]] = [
+    *((dtype, dtype) for dtype in contract.FLOATING),
+    ("float16", "float32"),
+    ("bfloat16", "float32"),
+]
+APART = [pair for pair in itertools.product(contract.FLOATING, repeat=2) if pair not in GO_TOGETHER]
+
+
+class TestInputDtype:
+    @pytest.mark.parametrize(("dtype", "parameters"), GO_TOGETHER)
+    def test_accepted(self, dtype: str, parameters: str) -> None:
+        contract.check_input_dtype(dtype, parameters)
+        contract.check_input_dtype(dtype, None)
+
+    @pytest.mark.parametrize(("dtype", "parameters"), APART)
+    def test_refused(self, dtype: str, parameters: str) -> None:
+        with pytest.raises(TypeError, match=f"parameters, {parameters} .* got {dtype}$"):
+            contract.check_input_dtype(dtype, parameters)
+
+    @pytest.mark.parametrize("parameters", [None, "float32"])
+    def test_not_floating(self, parameters: str | None) -> None:
+        with pytest.raises(TypeError, match=r"dtypes float16, bfloat16, .* got int64$"):
+            contract.check_input_dtype("int64", parameters)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +259,7 @@ def test_peer_error_is_exported() -> None:
     [
         ("syncbn", "[]"),
         ("syncbn.contract", "[]"),
+        ("syncbn.protocol", "[]"),
         ("numpy", "['numpy']"),  # the control: the test can see an import
     ],
 )

@@ -18,7 +18,7 @@ class Backend(Protocol):
 
     x and dy are contiguous, of shape (R, C, S) with R * S >= 1 values per channel. Statistics,
     sums and parameters are (C,), in float32 or wider; weight and bias may be None. Nothing here
-    may wait for the device, unless `host_may_look`: no host value, no shape that depends on data.
+    may wait for the device, unless `may_sync_host`: no host value, no shape that depends on data.
     """
 
     def stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,12 +59,12 @@ class Backend(Protocol):
         """
 
 
-def wide(device: torch.device) -> torch.dtype:
+def statistics_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which statistics are merged and sent: float64 where every such device has it."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
-def host_may_look(device: torch.device) -> bool:
+def may_sync_host(device: torch.device) -> bool:
     """Whether a training step may read a value of the device.
 
     That makes the host wait for an accelerator in every step, so there only SYNCBN_DEBUG=1 does.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from syncbn.torch.backends import host_may_look, wide
+from syncbn.torch.backends import may_sync_host, statistics_dtype
 
 _BLOCK = 64  # longest column that is added up in float32: an error of 64 u at the very worst
 _CACHED = 2**18  # values that stay in the cache between two passes: 1 MiB of float32
@@ -26,10 +26,10 @@ def stats(x: Tensor) -> tuple[Tensor, Tensor]:
     x = _as_rows(x)
     # The kernel adds up squares, which may overflow float32 where their mean does not.
     if x.shape[0] < _FEW:
-        return _kernel_stats(x.to(wide(x.device)))
+        return _kernel_stats(x.to(statistics_dtype(x.device)))
     mean, var = _stats_of_columns(x)
-    if host_may_look(x.device) and not var.isfinite().all():
-        return _stats_of_columns(x.to(wide(x.device)))
+    if may_sync_host(x.device) and not var.isfinite().all():
+        return _stats_of_columns(x.to(statistics_dtype(x.device)))
     return mean, var
 
 
@@ -65,13 +65,13 @@ def normalize(
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    mean = mean.to(_statistics_dtype(x))
+    mean = mean.to(_accumulating(x))
     dy, x = _as_rows(dy), _as_rows(x)
     if x.shape[2] >= _LARGE:
         # Contiguous images the CPU kernel adds up in float64, large ones faster than in columns.
         sum_dy, sum_dy_xmu = _kernel_sums(dy, x, mean)
-        return sum_dy.to(wide(x.device)), sum_dy_xmu.to(wide(x.device))
-    totals = mean.new_zeros(2, mean.numel(), dtype=wide(x.device))
+        return sum_dy.to(statistics_dtype(x.device)), sum_dy_xmu.to(statistics_dtype(x.device))
+    totals = mean.new_zeros(2, mean.numel(), dtype=statistics_dtype(x.device))
     for dy_block, block in zip(_blocks(dy), _blocks(x), strict=True):
         means = mean.repeat_interleave(x.shape[2]).repeat(block.shape[1])
         sums = _kernel_sums(_as_columns(dy_block), _as_columns(block), means)
@@ -93,7 +93,7 @@ def input_grad(
     slope = invstd.square() * sum_dy_xmu / n
     # In float32 also for halves, which are rounded once. The scale comes last: scale * slope, as
     # a coefficient of x, underflows where x is large.
-    dx = _affine(x.to(_statistics_dtype(x)), -slope, mean * slope - sum_dy / n)
+    dx = _affine(x.to(_accumulating(x)), -slope, mean * slope - sum_dy / n)
     scale = scale.to(dx.dtype).view(1, -1, 1)
     rows = max(1, _CACHED // x[0].numel())
     for part, dy_part in zip(dx.split(rows), dy.split(rows), strict=True):
@@ -101,7 +101,7 @@ def input_grad(
     return dx.to(dy.dtype)
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
+def _accumulating(x: Tensor) -> torch.dtype:
     """What the kernels accumulate in and return statistics as."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -131,12 +131,12 @@ def _as_columns(block: Tensor) -> Tensor:
 
 def _spread(columns: Tensor, block: Tensor) -> Tensor:
     """One number per column, as (merged, C, S), in the type that columns are merged in."""
-    return columns.to(wide(block.device)).view(block.shape[1:])
+    return columns.to(statistics_dtype(block.device)).view(block.shape[1:])
 
 
 def _kernel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel (dimension 1)."""
-    if x.dtype == _statistics_dtype(x):
+    if x.dtype == _accumulating(x):
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
         return mean, var
     # For halves the kernel returns float32 only beside float32 running statistics.
@@ -155,7 +155,7 @@ def _kernel_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift, per channel, in one pass: inference with mean 0, variance 1, eps 0."""
-    scale, shift = scale.to(_statistics_dtype(x)), shift.to(_statistics_dtype(x))
+    scale, shift = scale.to(_accumulating(x)), shift.to(_accumulating(x))
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     y, _, _ = torch.native_batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0)
     return y

@@ -2,7 +2,7 @@
 
 A step costs two collectives: one all_gather of each rank's statistics in the forward, one
 all_reduce of two sums per channel in the backward. A rank that fails before the all_gather still
-joins it, with a mark, so that every rank raises and none waits (ERR-9).
+joins it, with the mark FAIL, so that every rank raises and none waits (ERR-9).
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from syncbn.contract import PeerError, check_shape, nothing_to_differentiate
-from syncbn.torch.backends import Backend, host_may_look, wide
+from syncbn import protocol
+from syncbn.contract import FLOATING, check_input_dtype, check_shape
+from syncbn.torch.backends import Backend, may_sync_host, statistics_dtype
 from syncbn.torch.groups import Communicator
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-_COUNT_WORD = 2**20  # a count travels in two words, each exact in float32
-_ERROR_BYTES = 512  # of the text that a failing rank sends round
-
-# The last word of a rank's message: what the rank is going to do after the all_gather.
-_NOTHING, _BACKWARD, _FAIL = 0, 1, 2
+DTYPES = tuple(getattr(torch, name) for name in FLOATING)
 
 
 class Statistics(NamedTuple):
@@ -42,7 +37,7 @@ def batch_statistics(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    ranks: Communicator,
+    communicator: Communicator,
     backend: Backend,
 ) -> Statistics:
     """Statistics of x over all ranks, by one all_gather.
@@ -52,20 +47,21 @@ def batch_statistics(
         RuntimeError: some ranks have nothing to differentiate, others have and would wait.
         PeerError: another rank raised one of these, or anything else.
     """
-    intention = _BACKWARD if _differentiates(x, weight, bias) else _NOTHING
-    problem: Exception | None = None
+    mark = protocol.BACKWARD if _differentiates(x, weight, bias) else protocol.NOTHING
+    error: Exception | None = None
     with torch.no_grad():
         try:
             check_input(x, num_features, weight)
-            message = _message(x, backend, intention)
-        except Exception as error:
-            problem = error
-            message = _pack(torch.zeros(2, num_features, device=home(x, weight)), 0, _FAIL)
-        table = ranks.all_gather(message)
-        if host_may_look(table.device):
-            _check_together(table, problem, ranks)
-        elif problem:
-            raise problem
+            message = _message(x, backend, mark)
+        except Exception as caught:
+            error = caught
+            nothing = torch.zeros(2, num_features, device=device_of_step(x, weight))
+            message = _pack(nothing, 0, protocol.FAIL)
+        table = communicator.all_gather(message)
+        if may_sync_host(table.device):
+            _check_together(table, error, communicator)
+        elif error:
+            raise error
         means, variances = table[:, :-3].view(-1, 2, num_features).unbind(1)
         return Statistics(*backend.combine(means, variances, _counts(table), eps))
 
@@ -77,14 +73,14 @@ def normalize(
     mean: Tensor,
     invstd: Tensor,
     n: Tensor | None,
-    ranks: Communicator,
+    communicator: Communicator,
     backend: Backend,
 ) -> Tensor:
     """(x - mean) * invstd * weight + bias, differentiable once in x, weight and bias.
 
     mean and invstd are functions of the n values that the ranks hold, or constants if n is None.
     """
-    y: Tensor = _Normalize.apply(x, weight, bias, mean, invstd, n, ranks, backend)
+    y: Tensor = _Normalize.apply(x, weight, bias, mean, invstd, n, communicator, backend)
     return y
 
 
@@ -97,25 +93,22 @@ def check_input(x: Any, num_features: int, weight: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"input must be a torch.Tensor, got {type(x).__name__}")
     check_shape(x.shape, num_features)
-    if x.dtype not in FLOATING:
-        names = ", ".join(str(dtype) for dtype in FLOATING)
-        raise TypeError(f"input must have one of the dtypes {names}, got {x.dtype}")
+    check_input_dtype(dtype_name(x.dtype), None if weight is None else dtype_name(weight.dtype))
     if weight is None:
         return
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    if x.dtype != weight.dtype and not (half and weight.dtype == torch.float32):
-        raise TypeError(
-            f"input must have the dtype of the parameters, {weight.dtype} (float16 and bfloat16 "
-            f"also go with float32), got {x.dtype}"
-        )
     if x.device != weight.device:
         raise ValueError(
             f"input must be on the device of the parameters, {weight.device}, got {x.device}"
         )
 
 
-def home(x: Any, weight: Tensor | None) -> torch.device:
-    """The device of the step, also when x is not to be trusted."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def device_of_step(x: Any, weight: Tensor | None) -> torch.device:
+    """The device of the step, also when x is not a tensor."""
     if weight is not None:
         return weight.device
     return x.device if isinstance(x, Tensor) else torch.device("cpu")
@@ -131,11 +124,11 @@ class _Normalize(torch.autograd.Function):
         mean: Tensor,
         invstd: Tensor,
         n: Tensor | None,
-        ranks: Communicator,
+        communicator: Communicator,
         backend: Backend,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, mean, invstd, n)
-        ctx.ranks, ctx.backend = ranks, backend
+        ctx.communicator, ctx.backend = communicator, backend
         if not x.numel():
             return torch.empty_like(x)
         return _restore(backend.normalize(_canonical(x, like=x), mean, invstd, weight, bias), x)
@@ -156,7 +149,7 @@ class _Normalize(torch.autograd.Function):
         if n is not None:
             # Also if this rank wants no dx: the others wait for its sums. A copy of them is reduced
             # in place, for grad_bias may be the very tensor sums[0].
-            sums = ctx.ranks.all_reduce(torch.stack(sums).to(mean.dtype)).unbind(0)
+            sums = ctx.communicator.all_reduce(torch.stack(sums).to(mean.dtype)).unbind(0)
         if not wants_x:
             dx = None
         elif not x.numel():
@@ -168,27 +161,27 @@ class _Normalize(torch.autograd.Function):
         return dx, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _message(x: Tensor, backend: Backend, intention: int) -> Tensor:
-    """What this rank tells the others: mean, var, count, and whether a backward will follow."""
+def _message(x: Tensor, backend: Backend, mark: int) -> Tensor:
+    """The message of this rank: mean, var, the count in two words, the mark."""
     count = x.numel() // x.shape[1]
     if not count:
-        return _pack(torch.zeros(2, x.shape[1], device=x.device), 0, intention)
-    return _pack(torch.stack(backend.stats(_canonical(x, like=x))), count, intention)
+        return _pack(torch.zeros(2, x.shape[1], device=x.device), 0, mark)
+    return _pack(torch.stack(backend.stats(_canonical(x, like=x))), count, mark)
 
 
-def _pack(mean_var: Tensor, count: int, intention: int) -> Tensor:
+def _pack(mean_var: Tensor, count: int, mark: int) -> Tensor:
     """One vector of 2C + 3 words, of a dtype that does not depend on this rank's input."""
     # Filled, not copied from the host, which would wait for the device.
     words = [
-        torch.full((1,), word, dtype=wide(mean_var.device), device=mean_var.device)
-        for word in (*divmod(count, _COUNT_WORD), intention)
+        torch.full((1,), word, dtype=statistics_dtype(mean_var.device), device=mean_var.device)
+        for word in (*divmod(count, protocol.COUNT_WORD), mark)
     ]
-    dtype = wide(mean_var.device)
+    dtype = statistics_dtype(mean_var.device)
     return torch.cat([mean_var.to(dtype).flatten(), *words])
 
 
 def _counts(table: Tensor) -> Tensor:
-    return table[:, -3] * _COUNT_WORD + table[:, -2]
+    return table[:, -3] * protocol.COUNT_WORD + table[:, -2]
 
 
 def _differentiates(x: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -197,31 +190,24 @@ def _differentiates(x: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _check_together(table: Tensor, problem: Exception | None, ranks: Communicator) -> None:
+def _check_together(table: Tensor, error: Exception | None, communicator: Communicator) -> None:
     """Raise on every rank if the table of all ranks' messages shows that the step must fail."""
-    intentions = table[:, -1].tolist()
-    failed = [rank for rank, said in zip(ranks.ranks, intentions, strict=True) if said == _FAIL]
-    idle = [rank for rank, said in zip(ranks.ranks, intentions, strict=True) if said == _NOTHING]
-    if failed:
-        errors = _exchange_errors(problem, table.device, ranks)
-        if problem:
-            raise problem
-        raise PeerError(
-            "; ".join(f"rank {rank} failed: {errors[ranks.ranks.index(rank)]}" for rank in failed)
-        )
-    if idle and len(idle) < len(ranks.ranks):
-        raise RuntimeError(nothing_to_differentiate(idle))
+    found = protocol.verdict(table[:, -1].tolist(), communicator.ranks)
+    if found.failed:
+        texts = _exchange_errors(error, table.device, communicator)
+        raise error or protocol.peer_error(found.failed, [texts[rank] for rank in found.failed])
+    if found.idle:
+        raise RuntimeError(protocol.nothing_to_differentiate(found.idle))
 
 
 def _exchange_errors(
-    problem: Exception | None, device: torch.device, ranks: Communicator
-) -> list[str]:
+    error: Exception | None, device: torch.device, communicator: Communicator
+) -> dict[int, str]:
     """Every rank's error text, by a second all_gather that only failing steps pay."""
-    text = f"{type(problem).__name__}: {problem}" if problem else ""
-    encoded = text.encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
-    message = torch.tensor(list(encoded), dtype=torch.uint8, device=device)
-    table = ranks.all_gather(message).cpu()
-    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in table]
+    message = torch.tensor(list(protocol.encode_error(error)), dtype=torch.uint8, device=device)
+    rows = communicator.all_gather(message).tolist()
+    texts = [protocol.decode_error(bytes(row)) for row in rows]
+    return dict(zip(communicator.ranks, texts, strict=True))
 
 
 def _channels_last(x: Tensor) -> bool:
