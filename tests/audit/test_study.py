@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from audit import study
+from audit.__main__ import main
 from audit.markdown import PageError
 from audit.mutants.layer import Alone, State
 from audit.study import collect, measures, page, plots
 from audit.study.collect import Asked, Implementation, Measured, Study, StudyError
 from audit.study.layers import Chains, Float64, Welford
 from syncbn.conformance import targets
-from syncbn.conformance.__main__ import main
 from syncbn.conformance.cases import catalogue
 
 TARGET = targets.parse("syncbn.torch")

@@ -407,8 +407,8 @@ class _Collector:
         self.noticed: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        file, _, test = report.nodeid.partition("[")[0].partition("::")
-        name = f"{file}::{test}"
+        path, _, test = report.nodeid.partition("[")[0].partition("::")
+        name = f"{path.removeprefix('tests/')}::{test}"
         if report.passed and report.when == "call":
             self.passed.add(name)
         crash = getattr(report.longrepr, "reprcrash", None)

@@ -156,7 +156,7 @@ def test_no_orphans_when_the_controller_ends(how: signal.Signals, tmp_path: Path
     assert not any(alive(pid) for pid in ranks)
     if how == signal.SIGINT:
         assert controller.returncode == 130
-        assert errors == "conformance: interrupted\n"
+        assert errors == "syncbn-conformance: interrupted\n"
 
 
 def wait_for_children(pid: int, count: int) -> list[int]:

@@ -220,7 +220,7 @@ def test_msrun_without_mindspore(
     monkeypatch.setitem(sys.modules, "mindspore", None)
     assert main(["run", "--launcher", "msrun", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "conformance: launcher msrun needs MindSpore, which is not installed: "
+        "syncbn-conformance: launcher msrun needs MindSpore, which is not installed: "
         "pip install -e '.[mindspore]'"
     )
     assert list(tmp_path.iterdir()) == []
