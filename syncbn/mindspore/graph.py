@@ -12,10 +12,24 @@ from mindspore import Parameter, Tensor, nn, ops
 
 _order = Parameter(Tensor(np.zeros(1, np.float32)), name="syncbn.order", requires_grad=False)
 
+_compiled_layers: set[int] = set()  # the numbers of all layers that a graph holds
+
 
 def compiling() -> bool:
     """Whether this code is being compiled into a graph, where a function is not a constant."""
     return _is_none_to_the_compiler(_some_function)
+
+
+@ops.constexpr
+def note_compiled(layer: int) -> bool:
+    """Remember, while a graph is compiled, that the layer of this number is a part of it."""
+    _compiled_layers.add(layer)
+    return True
+
+
+def was_compiled(layer: int) -> bool:
+    """Whether the layer of this number is a part of a compiled graph."""
+    return layer in _compiled_layers
 
 
 def host_may_look() -> bool:

@@ -11,16 +11,11 @@ from mindspore._c_expression import MixedPrecisionType
 
 from syncbn.contract import SINGLE_VALUE, check_arguments, check_dtype
 from syncbn.mindspore import backends
-from syncbn.mindspore.backends import inverse_std, number, wide
-from syncbn.mindspore.function import (
-    FLOATING,
-    BatchStatistics,
-    Normalize,
-    problem_of,
-    raise_problem,
-)
-from syncbn.mindspore.graph import host_may_look
+from syncbn.mindspore.backends import inverse_std, wide
+from syncbn.mindspore.graph import compiling, host_may_look, note_compiled, was_compiled
 from syncbn.mindspore.groups import ALONE, resolve
+from syncbn.mindspore.settings import Settings, Values
+from syncbn.mindspore.step import FLOATING, StepCells, problem_of, raise_problem
 
 
 class SyncBatchNorm(nn.Cell):
@@ -35,6 +30,10 @@ class SyncBatchNorm(nn.Cell):
     The arguments and their defaults are those of mindspore.mint.nn.SyncBatchNorm, and so are the
     names of the parameters. As every nn.Cell, a new one is in eval mode: call `set_train()`.
     Without mindspore.communication, or in a group of one rank, it is a BatchNorm.
+
+    `eps`, `momentum`, `track_running_stats`, `process_group` and `backend` may be set at any time
+    and hold from the next step on. Once the layer has been compiled into a graph, the last two
+    cannot be set: that raises RuntimeError.
 
     With mixed precision (`to_float`, amp levels O2, O3 and auto) it takes what input it is given
     and keeps its own precision; amp level O1 rewrites sources and cannot rewrite this one.
@@ -75,11 +74,8 @@ class SyncBatchNorm(nn.Cell):
         ValueError: num_features < 1, momentum outside [0, 1], eps negative, a rank id outside
             [0, world size), no such group, an unknown backend; when called, an input of the wrong
             shape, a group that trains on one value per channel or does not contain this rank.
-        RuntimeError, PeerError: when called, see `syncbn.mindspore.function.BatchStatistics`.
+        RuntimeError, PeerError: when called, see `syncbn.mindspore.step.BatchStatistics`.
     """
-
-    # Whose statistics normalize: indices of the inner cells.
-    _GROUP, _OWN, _RUNNING = 0, 1, 2
 
     def __init__(
         self,
@@ -95,44 +91,121 @@ class SyncBatchNorm(nn.Cell):
     ) -> None:
         check_arguments(num_features, eps, momentum, affine, track_running_stats)
         check_dtype(dtype, FLOATING)
-        leaf_operations = backends.load(backend)
+        backends.load(backend)  # before anything is built: it may be refused
         super().__init__()
-        # Set, or in PyNative a cell around it lends it its own; see add_flags_recursive.
+        # Set explicitly: otherwise PyNative inherits the enclosing cell's value.
         self.mixed_precision_type = MixedPrecisionType.NOTSET
-        num_features, eps = int(num_features), float(eps)
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = None if momentum is None else float(momentum)
-        self._eps = number(eps)
-        if self.momentum is not None:
-            # Both from the host: in float32, 1 - 0.999 has four digits left.
-            self._kept, self._taken = number(1 - self.momentum), number(self.momentum)
+        self.num_features = int(num_features)
         self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.process_group = process_group
-        self.backend = backend
+        momentum = None if momentum is None else float(momentum)
+        self._settings = Settings(Values(float(eps), momentum, track_running_stats))
         self._add_parameters(ms.float32 if dtype is None else dtype)
-        group = resolve(process_group)
-        self._is_member = group.place is not None
-        trains_with = group if self._is_member else ALONE
-        # In tuples they are no children of this cell, to which a tool for mixed precision would go.
-        self._statistics = tuple(
-            BatchStatistics(num_features, eps, ranks, leaf_operations)
-            for ranks in (trains_with, ALONE)
-        )
-        self._normalize = tuple(
-            Normalize(leaf_operations, ranks) for ranks in (trains_with, ALONE, None)
-        )
+        self._build_cells(process_group, backend)
 
     def construct(self, x: Tensor) -> Tensor:
+        if compiling():
+            note_compiled(self._settings.layer)
         if self.training:
             return self._train(x)
-        if self.track_running_stats:
+        if self.running_mean is not None:
             return self._evaluate(x)
         problem = problem_of(x, self.num_features, self.weight)
         raise_problem(problem)
-        mean, _, invstd, n = self._statistics[self._OWN](x, self.weight, self.bias, problem)
-        return self._normalize[self._OWN](x, self.weight, self.bias, mean, invstd, n)
+        mean, _, invstd, n = self._step.own_statistics(
+            x, self.weight, self.bias, self._settings.eps, problem
+        )
+        return self._step.normalize_by_own(x, self.weight, self.bias, mean, invstd, n)
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance. A new value holds from the next step on."""
+        return self._settings.values.eps
+
+    @eps.setter
+    def eps(self, eps: float) -> None:
+        self._set(eps=eps)
+
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the newest batch, or None. A new value holds from the next step on."""
+        return self._settings.values.momentum
+
+    @momentum.setter
+    def momentum(self, momentum: float | None) -> None:
+        self._set(momentum=momentum)
+
+    @property
+    def track_running_stats(self) -> bool:
+        """Whether training moves the running statistics. A new value holds from the next step on.
+
+        Eval uses running statistics that exist, whether or not training still moves them.
+        """
+        return self._settings.values.track_running_stats
+
+    @track_running_stats.setter
+    def track_running_stats(self, track_running_stats: bool) -> None:
+        if track_running_stats is True and self.running_mean is None:
+            raise ValueError(
+                "track_running_stats cannot be set to True: the layer was built without running "
+                "statistics. Build a new layer with track_running_stats=True"
+            )
+        self._set(track_running_stats=track_running_stats)
+
+    @property
+    def process_group(self) -> Any:
+        """The process group as it was given. A new one holds from the next step on.
+
+        Raises:
+            RuntimeError: a graph has been compiled with this layer. It keeps its group.
+        """
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, process_group: Any) -> None:
+        self._refuse_if_compiled("process_group")
+        self._build_cells(process_group, self._backend)
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend as it was given. A new one holds from the next step on.
+
+        Raises:
+            RuntimeError: a graph has been compiled with this layer. It keeps its backend.
+        """
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        self._refuse_if_compiled("backend")
+        self._build_cells(self._process_group, backend)
+
+    def _refuse_if_compiled(self, name: str) -> None:
+        if was_compiled(self._settings.layer):
+            raise RuntimeError(
+                f"{name} cannot be set: the layer has been compiled into a graph, which keeps the "
+                f"{name} that it was compiled with. Build a new layer with the new {name} and load "
+                "the parameters of this one"
+            )
+
+    def _set(self, **changed: Any) -> None:
+        values = self._settings.values._replace(**changed)
+        check_arguments(
+            self.num_features,
+            values.eps,
+            values.momentum,
+            self.affine,
+            values.track_running_stats,
+        )
+        momentum = None if values.momentum is None else float(values.momentum)
+        self._settings.set(values._replace(eps=float(values.eps), momentum=momentum))
+
+    def _build_cells(self, process_group: Any, backend: str) -> None:
+        operations = backends.load(backend)
+        group = resolve(process_group)
+        self._process_group, self._backend = process_group, backend
+        self._is_member = group.place is not None
+        trains_with = group if self._is_member else ALONE
+        self._step = StepCells(self.num_features, trains_with, operations)
 
     def add_flags_recursive(self, **flags: Any) -> Any:
         """Take a flag of nn.Cell, but none of mixed precision (`to_float`, amp).
@@ -153,40 +226,41 @@ class SyncBatchNorm(nn.Cell):
         # copy what it reads around the write; on CPU a copy of float64 is rounded to float32.
         weight = None if self.weight is None else self.weight.value()
         bias = None if self.bias is None else self.bias.value()
-        mean, var, invstd, n = self._statistics[self._GROUP](x, weight, bias, problem)
+        mean, var, invstd, n = self._step.group_statistics(
+            x, weight, bias, self._settings.eps, problem
+        )
         if problem is not None:
             return ops.depend(x, mean)  # never: it was raised. But a graph is compiled to its end.
         if host_may_look():  # noqa: SIM102  # one of them is for the compiler
             if n == 1:
                 raise ValueError(SINGLE_VALUE)
-        if self.track_running_stats:
+        if self.running_mean is not None:
             self._update_running(mean, var, n)
-        return self._normalize[self._GROUP](x, weight, bias, mean, invstd, n)
+        return self._step.normalize_by_group(x, weight, bias, mean, invstd, n)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         raise_problem(problem_of(x, self.num_features, self.weight))
         # A copy, for a training step may move the parameter before the backward of this one.
         mean = self.running_mean.astype(wide()).copy()
         var = self.running_var.astype(wide())
-        invstd = inverse_std(var, self._eps)
-        return self._normalize[self._RUNNING](x, self.weight, self.bias, mean, invstd, mean)
+        invstd = inverse_std(var, self._settings.eps)
+        return self._step.normalize_by_running(x, self.weight, self.bias, mean, invstd, mean)
 
     def _update_running(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
-        """Move the running statistics, unless the whole group was empty."""
-        count = self.num_batches_tracked + (n > 0).astype(ms.int64)
+        """Move the running statistics, unless the whole group was empty or they are not tracked."""
+        settings = self._settings
+        moves = n * settings.tracks > 0
+        count = self.num_batches_tracked + moves.astype(ms.int64)
         ops.assign(self.num_batches_tracked, count)
-        if self.momentum is None:
-            taken = 1 / ops.maximum(count, 1).astype(wide())
-            kept = 1 - taken
-        else:
-            kept, taken = self._kept, self._taken
+        share = settings.cumulative / ops.maximum(count, 1).astype(wide())
+        kept, taken = settings.kept - share, settings.taken + share
         unbiased = var * (n / ops.maximum(n - 1, 1.0))
-        self._move(self.running_mean, kept, mean * taken, n)
-        self._move(self.running_var, kept, unbiased * taken, n)
+        self._move(self.running_mean, kept, mean * taken, moves)
+        self._move(self.running_var, kept, unbiased * taken, moves)
 
-    def _move(self, buffer: Parameter, kept: Tensor, taken: Tensor, n: Tensor) -> None:
+    def _move(self, buffer: Parameter, kept: Tensor, taken: Tensor, moves: Tensor) -> None:
         old = buffer.astype(wide())
-        moved = ops.where(n > 0, kept * old + taken, old)
+        moved = ops.where(moves, kept * old + taken, old)
         ops.assign(buffer, moved.astype(buffer.dtype))
 
     def _add_parameters(self, dtype: Any) -> None:

@@ -29,13 +29,14 @@ from syncbn.conformance.case import Case
 from syncbn.conformance.case import Step as CaseStep
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
-from syncbn.mindspore import SyncBatchNorm, backends, create_group, groups
+from syncbn.mindspore import SyncBatchNorm, backends, create_group, groups, settings
 from syncbn.mindspore import layer as layer_module
 from syncbn.mindspore.backends import aclnn, composed
 from syncbn.reference import bounds, formulas
 from tests.syncbn.mindspore_layers import (
     MODES,
     assert_step,
+    assert_tracked,
     assert_untouched,
     assert_within,
     dtype_name,
@@ -297,7 +298,7 @@ class TestValues:
     ) -> None:
         """As on Ascend. In float32, 1 - 0.999 has four digits left."""
         monkeypatch.setattr(layer_module, "wide", lambda: ms.float32)
-        monkeypatch.setattr(layer_module, "number", lambda value: Tensor(value, ms.float32))
+        monkeypatch.setattr(settings, "number", lambda value: Tensor(value, ms.float32))
         layer = make_layer(momentum=0.999)
         before = {name: numpy_of(value) for name, value in state_of(layer).items()}
         zeros = ops.zeros((3,), ms.float32)
@@ -385,6 +386,109 @@ class TestValues:
             return ops.square(y).sum()
 
         assert same(ms.grad(once)(x), ms.grad(with_another)(x))
+
+
+class TestLiveAttributes:
+    """What is set after construction holds from the next step on, also in a compiled graph."""
+
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    def test_training_follows(self, mode: str) -> None:
+        layer = make_layer()
+        for changes in (
+            {},
+            {"eps": 0.5},
+            {"momentum": None},
+            {"momentum": 0.75, "eps": 2.0},
+            {"momentum": 0},
+            {"track_running_stats": False},
+            {"track_running_stats": True, "momentum": 1.0},
+            {"momentum": None},
+        ):
+            for name, value in changes.items():
+                setattr(layer, name, value)
+                assert getattr(layer, name) == value
+            oracle, x = oracle_of(layer), randn(5, 3, seed=len(str(changes)))
+            before = state_of(layer)
+            y = forward(layer, x, mode)
+            (expected,) = oracle.forward([numpy_of(x)])
+            assert_within(f"y after {changes}", y, expected)
+            if layer.track_running_stats:
+                assert_tracked(layer, oracle)
+            else:
+                assert_untouched(layer, before)
+
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    def test_eval_follows(self, mode: str) -> None:
+        layer, x = make_layer().set_train(False), randn(5, 3)
+        forward(layer, x, mode)
+        layer.eps = 0.5
+        (expected,) = oracle_of(layer).forward([numpy_of(x)], training=False)
+        y = forward(layer, x, mode)
+        assert_within("y", y, expected)
+        layer.track_running_stats = False
+        assert same(forward(layer, x, mode), y)  # as in mint.nn: they exist, so eval takes them
+
+    def test_a_jitted_step_follows(self) -> None:
+        layer, x = make_layer(), randn(5, 3)
+
+        @ms.jit
+        def loss(x: Tensor) -> Tensor:
+            return ops.square(layer(x)).sum()
+
+        loss(x)
+        layer.eps = 0.5
+        (expected,) = oracle_of(layer).forward([numpy_of(x)])
+        got = float(loss(x).asnumpy())
+        assert got == pytest.approx(np.square(expected.value).sum(), rel=1e-5)
+
+    def test_a_copy_has_settings_of_its_own(self) -> None:
+        layer = make_layer()
+        clone = copy.deepcopy(layer)
+        clone.eps, clone.momentum = 0.5, None
+        assert (layer.eps, layer.momentum) == (1e-5, 0.1)
+        x = randn(5, 3)
+        (hidden,) = oracle_of(layer).forward([numpy_of(x)])
+        (expected,) = oracle_of(clone).forward([hidden.value])
+        network = nn.SequentialCell(layer, clone).set_train()
+        got = forward(network, x, "graph").asnumpy()
+        assert np.allclose(got, expected.value, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "error", "message"),
+        [
+            ("eps", 1, TypeError, "eps must be a float, got 1"),
+            ("eps", -1.0, ValueError, r"eps must be zero or positive, got -1\.0"),
+            ("momentum", 1.5, ValueError, r"momentum must be in \[0, 1\], got 1\.5"),
+            ("momentum", "x", TypeError, "momentum must be a number or None, got 'x'"),
+            ("track_running_stats", 1, TypeError, "track_running_stats must be a bool, got 1"),
+            ("process_group", 3, TypeError, "process_group .* got 3"),
+            ("backend", "cudnn", ValueError, "backend .* got 'cudnn'"),
+        ],
+    )
+    def test_refused(self, name: str, value: Any, error: type[Exception], message: str) -> None:
+        layer = make_layer()
+        before = getattr(layer, name)
+        with pytest.raises(error, match=message):
+            setattr(layer, name, value)
+        assert getattr(layer, name) == before
+        assert_step(layer, randn(5, 3), randn(5, 3, seed=1))
+
+    def test_statistics_that_do_not_exist_cannot_be_tracked(self) -> None:
+        layer = make_layer(track_running_stats=False)
+        with pytest.raises(ValueError, match=r"track_running_stats .* built without"):
+            layer.track_running_stats = True
+        assert not layer.track_running_stats
+
+    def test_a_compiled_graph_keeps_its_group_and_backend(self) -> None:
+        """They cannot be changed there, so that is refused."""
+        layer, x = make_layer(), randn(5, 3)
+        layer.process_group, layer.backend = None, "composed"
+        assert layer.backend == "composed"
+        assert_step(layer, x, randn(5, 3, seed=1))
+        forward(layer, x, "graph")
+        for name, value in (("process_group", None), ("backend", "auto")):
+            with pytest.raises(RuntimeError, match=f"{name} cannot be set: .* compiled .* new"):
+                setattr(layer, name, value)
 
 
 class TestWrongInput:

@@ -21,7 +21,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.graph.api import _pynative_executor
 
 from syncbn.contract import check_shape
-from syncbn.mindspore.backends import Backend, number, wide
+from syncbn.mindspore.backends import Backend, wide
 from syncbn.mindspore.graph import compiling, host_may_look
 from syncbn.mindspore.groups import ALONE, Communicator, Group
 from syncbn.protocol import PeerError, nothing_to_differentiate
@@ -40,22 +40,25 @@ class BatchStatistics(nn.Cell):
 
     Args:
         num_features: C.
-        eps: added to the variance in invstd.
         group: whose ranks call the cell together.
         backend: of the leaf operations.
     """
 
-    def __init__(self, num_features: int, eps: float, group: Group, backend: Backend) -> None:
+    def __init__(self, num_features: int, group: Group, backend: Backend) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = number(eps)
         self.stats, self.combine = backend.stats, backend.combine
         self.ranks = Communicator(group)
         self.rank_ids = list(group.ranks)
         self.rank_id_tensor = Tensor(np.array(group.ranks))
 
     def construct(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, problem: tuple[str, str] | None
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: Tensor,
+        problem: tuple[str, str] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean, biased variance and 1 / sqrt(var + eps), (C,) each, of n values (a scalar tensor).
 
@@ -71,7 +74,7 @@ class BatchStatistics(nn.Cell):
             table = self._gather(x, weight, bias, problem)
         counts = table[:, -3] * _COUNT_WORD + table[:, -2]
         means, variances = table[:, : self.num_features], table[:, self.num_features : -3]
-        return self.combine(means, variances, counts, self.eps)
+        return self.combine(means, variances, counts, eps)
 
     def _gather(
         self, x: Any, weight: Tensor | None, bias: Tensor | None, problem: tuple[str, str] | None
@@ -212,6 +215,21 @@ class Normalize(nn.Cell):
             grad_bias = None if bias is None else ops.depend(grad_bias, sums)
         zeros = ops.zeros_like(mean), ops.zeros_like(invstd), ops.zeros_like(n)
         return dx.reshape(x.shape), grad_weight, grad_bias, *zeros
+
+
+@ms.jit_class
+class StepCells:
+    """The cells of a step, by the statistics that they use.
+
+    This holder is no cell: tools for mixed precision rewrite the child cells of a layer.
+    """
+
+    def __init__(self, num_features: int, group: Group, backend: Backend) -> None:
+        self.group_statistics = BatchStatistics(num_features, group, backend)
+        self.own_statistics = BatchStatistics(num_features, ALONE, backend)
+        self.normalize_by_group = Normalize(backend, group)
+        self.normalize_by_own = Normalize(backend, ALONE)
+        self.normalize_by_running = Normalize(backend, None)
 
 
 def problem_of(x: Any, num_features: int, weight: Tensor | None) -> tuple[str, str] | None:
