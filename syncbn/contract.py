@@ -67,12 +67,12 @@ def check_dtype(dtype: Any, floating: Iterable[Any]) -> None:
         raise TypeError(f"dtype must be None or one of {known_names}, got {_show(dtype)}")
 
 
-def check_rank_ids(rank_ids: Any, rank_size: int) -> tuple[int, ...]:
+def check_rank_ids(rank_ids: Any, rank_size: int | None) -> tuple[int, ...]:
     """Check the global rank ids of a process group and return them in ascending order.
 
     Args:
         rank_ids: a list or tuple of distinct ints.
-        rank_size: the number of ranks in the world.
+        rank_size: the number of ranks in the world; None if there is no world yet.
 
     Raises:
         TypeError: rank_ids is not a list or tuple of ints.
@@ -85,10 +85,10 @@ def check_rank_ids(rank_ids: Any, rank_size: int) -> tuple[int, ...]:
     for rank in rank_ids:
         if not _is_int(rank):
             raise TypeError(f"rank_ids must be a list of ints, got {_show(rank)} in it")
-        if not 0 <= rank < rank_size:
+        if rank < 0 or (rank_size is not None and rank >= rank_size):
+            rule = "0 or more" if rank_size is None else f"in [0, {rank_size})"
             raise ValueError(
-                f"every rank id of process_group must be in [0, {rank_size}), "
-                f"got {rank!r} in {list(rank_ids)!r}"
+                f"every rank id of process_group must be {rule}, got {rank!r} in {list(rank_ids)!r}"
             )
     if len(set(rank_ids)) != len(rank_ids):
         raise ValueError(f"rank_ids must be distinct, got {list(rank_ids)!r}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from syncbn.contract import check_count
 from syncbn.torch import backends
 from syncbn.torch.backends import may_sync_host, statistics_dtype
-from syncbn.torch.groups import ALONE, Communicator, ProcessGroupLike, resolve
+from syncbn.torch.groups import ALONE, Communicator, ProcessGroupLike
 from syncbn.torch.step import (
     Statistics,
     batch_statistics,
@@ -66,7 +66,6 @@ def sync_batch_norm(
         PeerError: another rank of the group raised one of these.
     """
     ops = backends.load(backend, device_of_step(input, weight))
-    group = resolve(process_group)
     vectors = {
         "weight": weight,
         "bias": bias,
@@ -79,7 +78,7 @@ def sync_batch_norm(
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("momentum=None (cumulative average) needs num_batches_tracked")
     if training:
-        communicator = Communicator.of(group)
+        communicator = Communicator.of(process_group)
         stats = batch_statistics(input, num_features, weight, bias, eps, communicator, ops)
         if may_sync_host(stats.n.device):
             check_count(int(stats.n))

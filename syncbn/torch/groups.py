@@ -1,4 +1,9 @@
-"""Process groups of the layer: what `process_group` may be, and what it stands for."""
+"""Process groups of the layer.
+
+A layer keeps what the user gave as `process_group`: None, rank ids, a name or a handle. What it
+stands for in the present world is looked up in every training step, so that a layer can be
+pickled, and used again after torch.distributed was destroyed and initialized again.
+"""
 
 from __future__ import annotations
 
@@ -15,30 +20,44 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, but not
 
 from syncbn.contract import check_rank_ids
 
-# What a user may give; see `resolve`.
+# What a user may give: None (all ranks), rank ids, a name given to `create_group`, or a handle as
+# torch.distributed.new_group returns it: a group, or for a rank that is not in it the int
+# GroupMember.NON_GROUP_MEMBER.
 ProcessGroupLike: TypeAlias = "dist.ProcessGroup | str | list[int] | tuple[int, ...] | int | None"
 
-# A handle, as torch.distributed.new_group returns it: a group, or for a rank that is not in it
-# the int GroupMember.NON_GROUP_MEMBER. None is the whole world.
-Group: TypeAlias = "dist.ProcessGroup | int | None"
+_SET_GROUP = "set the layer's process_group to"
+_STALE = (
+    "process_group must be a group of the present world, got a ProcessGroup that was destroyed: "
+    f"{_SET_GROUP} a new group, or to a list of rank ids, which stays valid"
+)
 
 
 @dataclass
 class _Registry:
-    """Groups created on one world, so that equal rank ids never open a second communicator.
+    """Groups of one world, so that equal rank ids never open a second communicator.
 
-    They belong to torch.distributed: held here beyond destroy_process_group, their threads would
-    abort the process at its end.
+    The groups belong to torch.distributed and are held weakly: if they outlived
+    destroy_process_group, their threads would abort the process at its end.
     """
 
-    world: weakref.ref[dist.ProcessGroup] | None = None
+    world: weakref.ref[dist.ProcessGroup]
     by_ranks: weakref.WeakValueDictionary[tuple[int, ...], dist.ProcessGroup] = field(
         default_factory=weakref.WeakValueDictionary
     )
     ranks_of_name: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ranks_of_ids: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+
+    def ranks_of(self, rank_ids: list[int] | tuple[int, ...]) -> tuple[int, ...]:
+        """Rank ids in ascending order, checked the first time that they are met."""
+        try:
+            return self.ranks_of_ids[tuple(rank_ids)]
+        except (KeyError, TypeError):  # new ids, or what cannot be a key and is no id
+            ranks = check_rank_ids(rank_ids, dist.get_world_size())
+        self.ranks_of_ids[tuple(rank_ids)] = ranks
+        return ranks
 
 
-_registry = _Registry()
+_registry: _Registry | None = None
 
 
 def create_group(
@@ -51,8 +70,9 @@ def create_group(
     built and evaluated, but not trained.
 
     Args:
-        name: a name by which `SyncBatchNorm(process_group=name)` finds the group, or None.
-        rank_ids: distinct global rank ids.
+        name: a name by which `SyncBatchNorm(process_group=name)` finds the group, or None. Names
+            end with the world: call this again after torch.distributed was initialized again.
+        rank_ids: distinct global rank ids. All of them together are the world's own group.
 
     Raises:
         TypeError: name is not a str, or rank_ids is not a list of ints.
@@ -62,7 +82,7 @@ def create_group(
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a str or None, got {name!r} of type {type(name).__name__}")
-    registry = _current_registry()
+    registry = _registry_of_world(rank_ids)
     ranks = check_rank_ids(rank_ids, dist.get_world_size())
     if name is not None and registry.ranks_of_name.get(name, ranks) != ranks:
         raise ValueError(
@@ -75,36 +95,38 @@ def create_group(
     return group
 
 
-def resolve(process_group: Any) -> Group:
-    """The handle that a layer's `process_group` argument stands for.
+def check_group(process_group: Any) -> None:
+    """Check what a layer is given as its `process_group`, as far as that is possible now.
 
-    Args:
-        process_group: None, a handle, a name given to `create_group`, or a list of rank ids.
+    In an initialized world, a group of rank ids is created here: all members build their layers,
+    whereas the order of their first training steps is the user's.
 
     Raises:
-        TypeError: it is none of these.
-        ValueError: no group has that name, or a rank id is wrong (see `create_group`).
-        RuntimeError: a name or rank ids, and torch.distributed is not initialized.
+        TypeError: it is not one of `ProcessGroupLike`.
+        ValueError: a rank id is not in [0, world size) (ERR-5) or stands twice; the list is empty;
+            the world has no group of that name.
+        RuntimeError: the handle is of a world that was destroyed.
     """
-    if process_group is None or isinstance(process_group, dist.ProcessGroup):
-        return process_group
     if isinstance(process_group, (list, tuple)):
-        return create_group(None, process_group)
-    if isinstance(process_group, str):
-        registry = _current_registry()
-        if process_group not in registry.ranks_of_name:
-            known = ", ".join(registry.ranks_of_name) or "none"
-            raise ValueError(
-                f"process_group must be the name of a group made by create_group (known: "
-                f"{known}), got {process_group!r}"
-            )
-        return _group_of(registry, registry.ranks_of_name[process_group])
-    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        check_rank_ids(process_group, dist.get_world_size() if _initialized() else None)
+    else:
+        _check_type(process_group)
+    if _initialized() or isinstance(process_group, dist.ProcessGroup):
+        _handle_of(process_group)
+
+
+def portable(process_group: Any) -> Any:
+    """The same `process_group`, with rank ids for a handle, which cannot be pickled.
+
+    The handle of the world becomes None.
+
+    Raises:
+        RuntimeError: the handle is of a world that was destroyed.
+    """
+    if not isinstance(process_group, dist.ProcessGroup):
         return process_group
-    raise TypeError(
-        "process_group must be None, a ProcessGroup, the name of a group or a list of rank "
-        f"ids, got {process_group!r} of type {type(process_group).__name__}"
-    )
+    ranks = list(Communicator.of(process_group).ranks)
+    return None if process_group is dist.group.WORLD else ranks
 
 
 @dataclass(frozen=True)
@@ -118,20 +140,25 @@ class Communicator:
     group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, group: Group) -> Communicator:
-        """The members of a group; only this process if torch.distributed is not initialized.
+    def of(cls, process_group: ProcessGroupLike) -> Communicator:
+        """The members of a layer's process_group in the present world.
+
+        None is this process alone if torch.distributed is not initialized.
 
         Raises:
+            TypeError, ValueError, RuntimeError: see `check_group`.
             ValueError: this rank is not a member.
+            RuntimeError: process_group is not None and torch.distributed is not initialized.
         """
-        if isinstance(group, int):
-            raise ValueError(
-                "process_group must contain the rank that trains, got a group without rank "
-                f"{dist.get_rank()}"
-            )
-        if not _initialized():
+        if process_group is None and not _initialized():
             return ALONE
-        handle = dist.group.WORLD if group is None else group
+        handle = _handle_of(process_group)
+        if isinstance(handle, int):
+            given = "" if isinstance(process_group, int) else f" {process_group!r},"
+            raise ValueError(
+                f"process_group must contain the rank that trains, got{given} a group without rank "
+                f"{dist.get_rank()}: on this rank call eval(), or {_SET_GROUP} a group with it"
+            )
         return cls(tuple(dist.get_process_group_ranks(handle)), handle)
 
     def all_gather(self, message: Tensor) -> Tensor:
@@ -152,11 +179,50 @@ class Communicator:
 ALONE = Communicator((0,), None)
 
 
+def _handle_of(process_group: Any) -> dist.ProcessGroup | int:
+    """The handle that process_group stands for in the present world."""
+    if isinstance(process_group, dist.ProcessGroup):
+        if not _is_live(process_group):
+            raise RuntimeError(_STALE)
+        return process_group
+    registry = _registry_of_world(process_group)
+    if process_group is None:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    if isinstance(process_group, (list, tuple)):
+        return _group_of(registry, registry.ranks_of(process_group))
+    _check_type(process_group)
+    if isinstance(process_group, str):
+        if process_group not in registry.ranks_of_name:
+            known = ", ".join(registry.ranks_of_name) or "none"
+            raise ValueError(
+                f"process_group must be the name of a group made by create_group (known: "
+                f"{known}), got {process_group!r}: call create_group({process_group!r}, rank_ids) "
+                "on its members, after every init_process_group"
+            )
+        return _group_of(registry, registry.ranks_of_name[process_group])
+    return dist.GroupMember.NON_GROUP_MEMBER
+
+
+def _check_type(process_group: Any) -> None:
+    if process_group is None or isinstance(process_group, (dist.ProcessGroup, str)):
+        return
+    if isinstance(process_group, int) and process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        return
+    raise TypeError(
+        "process_group must be None, a ProcessGroup, the name of a group or a list of rank "
+        f"ids, got {process_group!r} of type {type(process_group).__name__}"
+    )
+
+
 def _group_of(registry: _Registry, ranks: tuple[int, ...]) -> dist.ProcessGroup | int:
     if dist.get_rank() not in ranks:
         return dist.GroupMember.NON_GROUP_MEMBER
+    if len(ranks) == dist.get_world_size():
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
     group = registry.by_ranks.get(ranks)
-    if group is None:
+    if group is None or not _is_live(group):
         group = registry.by_ranks[ranks] = _new_group(ranks)
     return group
 
@@ -164,15 +230,21 @@ def _group_of(registry: _Registry, ranks: tuple[int, ...]) -> dist.ProcessGroup 
 def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """A new group of these ranks, made by its members alone.
 
-    torch names such a group after its ranks and the number of groups that this process has made
-    (PyTorch issue 173608), so that members which have made different numbers wait for each other
-    for ever. They tell each other their numbers first, and who is behind makes groups of its own.
+    torch names such a group after its ranks and the number of groups that this process has
+    (PyTorch issue 173608). Members that have different numbers would wait for each other for ever,
+    and a name that a destroyed group had leads to the addresses of that group. So the members agree
+    on a number that no group of these ranks had before, and who has fewer groups makes more.
     """
     store = PrefixStore(f"syncbn/{ranks}", distributed_c10d._get_default_store())
+
+    def agreed(meeting: int) -> int:
+        return max(int(store.get(f"{meeting}/{rank}")) for rank in ranks)
+
+    meeting = (store.add("arrivals", 1) - 1) // len(ranks)  # how often these ranks met before
     made = len(distributed_c10d._world.pg_names)
-    store.set(str(dist.get_rank()), str(made))
-    most = max(int(store.get(str(rank))) for rank in ranks)
-    for _ in range(most - made):
+    number = max(made, agreed(meeting - 1) + 1) if meeting else made
+    store.set(f"{meeting}/{dist.get_rank()}", str(number))
+    for _ in range(agreed(meeting) - made):
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
     group = dist.new_group(list(ranks), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
@@ -183,16 +255,21 @@ def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _current_registry() -> _Registry:
-    """The registry, emptied if the world it belongs to is gone."""
+def _is_live(group: dist.ProcessGroup) -> bool:
+    """Whether neither the group nor its world was destroyed."""
+    return group in distributed_c10d._world.pg_group_ranks
+
+
+def _registry_of_world(process_group: Any) -> _Registry:
+    """The registry of the present world."""
     if not _initialized():
         raise RuntimeError(
-            "process_group given by name or rank ids needs torch.distributed: call "
-            "torch.distributed.init_process_group first"
+            f"process_group {process_group!r} needs torch.distributed: call "
+            f"torch.distributed.init_process_group first, or, to train alone, {_SET_GROUP} None"
         )
     global _registry
     world = dist.group.WORLD
     assert world is not None
-    if _registry.world is None or _registry.world() is not world:
-        _registry = _Registry(world=weakref.ref(world))
+    if _registry is None or _registry.world() is not world:
+        _registry = _Registry(weakref.ref(world))
     return _registry

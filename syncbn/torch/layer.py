@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.contract import check_arguments, check_dtype, check_shape
 from syncbn.torch import backends
 from syncbn.torch.functional import sync_batch_norm
-from syncbn.torch.groups import Group, resolve
+from syncbn.torch.groups import ProcessGroupLike, check_group, portable
 from syncbn.torch.step import DTYPES
 
 
@@ -40,6 +40,8 @@ class SyncBatchNorm(_BatchNorm):
             its own statistics.
         process_group: the ranks to synchronize with: None for all, a ProcessGroup, the name of a
             group made by `create_group`, or a list of rank ids (every member builds the layer).
+            The layer keeps what it is given and finds the group at each step, so that ids and
+            names outlive torch.distributed's world; pickle replaces a ProcessGroup by rank ids.
         dtype: of parameters and running statistics; None is torch.float32.
         device: of parameters and running statistics.
         backend: "auto" or the name of a backend (`syncbn.torch.backends`).
@@ -51,6 +53,8 @@ class SyncBatchNorm(_BatchNorm):
         TypeError: an argument is not of its type; see `syncbn.contract.check_arguments`.
         ValueError: num_features < 1, momentum outside [0, 1], eps negative, a rank id outside
             [0, world size), an unknown backend; in forward, an input of the wrong shape.
+        RuntimeError: a ProcessGroup that was destroyed; in a training forward, also a group where
+            torch.distributed is not initialized.
         RuntimeError, PeerError: in forward, see `syncbn.torch.functional.sync_batch_norm`.
     """
 
@@ -61,7 +65,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: Any = None,
+        process_group: ProcessGroupLike = None,
         dtype: torch.dtype | None = None,
         *,
         device: torch.device | str | int | None = None,
@@ -69,6 +73,7 @@ class SyncBatchNorm(_BatchNorm):
     ) -> None:
         check_arguments(num_features, eps, momentum, affine, track_running_stats)
         check_dtype(dtype, DTYPES)
+        check_group(process_group)
         backends.load(backend)  # to refuse one that is not there before the first step
         super().__init__(
             int(num_features),
@@ -79,7 +84,7 @@ class SyncBatchNorm(_BatchNorm):
             device=device,
             dtype=torch.float32 if dtype is None else dtype,
         )
-        self.process_group: Group = resolve(process_group)
+        self.process_group = process_group
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
@@ -113,3 +118,12 @@ class SyncBatchNorm(_BatchNorm):
         memo[id(self)] = clone
         clone.__dict__ = copy.deepcopy(self.__dict__, memo)
         return clone
+
+    def __copy__(self) -> SyncBatchNorm:
+        clone = self.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle keeps: rank ids in the place of a handle."""
+        return self.__dict__ | {"process_group": portable(self.process_group)}

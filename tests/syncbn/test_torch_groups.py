@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import gc
+import io
 import json
 import multiprocessing
 import pickle
@@ -14,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from syncbn.torch import SyncBatchNorm, create_group
+from syncbn.torch.groups import Communicator
 from tests.syncbn.torch_layers import (
     assert_step,
     assert_tracked,
@@ -60,7 +63,9 @@ def members_make_a_group(rank: int) -> None:
         assert create_group("alias", [0, 1]) is pair
         assert create_group(None, [0, 1]) is pair
         for process_group in ("pair", "alias", [0, 1], (1, 0), pair):
-            assert SyncBatchNorm(3, process_group=process_group).process_group is pair
+            layer = SyncBatchNorm(3, process_group=process_group)
+            assert layer.process_group == process_group
+            assert Communicator.of(layer.process_group) == Communicator((0, 1), pair)
         _assert_statistics_of([0, 1], make_layer(process_group="pair"), rank)
 
 
@@ -68,9 +73,10 @@ def one_outside_evaluates(rank: int) -> None:
     layer = make_layer(process_group=[0, 1])
     if rank != 2:
         return
-    assert layer.process_group == dist.GroupMember.NON_GROUP_MEMBER
+    assert layer.process_group == [0, 1]
     assert create_group(None, [1, 0]) == dist.GroupMember.NON_GROUP_MEMBER
-    for member in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    handle = make_layer(process_group=dist.GroupMember.NON_GROUP_MEMBER)
+    for member in (layer, handle, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_step(member.eval(), randn(5, 3), randn(5, 3, seed=1))
         before = state_of(member)
         with pytest.raises(ValueError, match=r"process_group must contain .* without rank 2"):
@@ -82,8 +88,11 @@ def equal_lists_share_a_communicator(rank: int) -> None:
     first = SyncBatchNorm(3, process_group=[0, 1])
     with mock.patch.object(dist, "new_group") as new_group:
         layers = [SyncBatchNorm(3, process_group=[i % 2, 1 - i % 2]) for i in range(200)]
+        if rank != 2:
+            assert {Communicator.of(layer.process_group) for layer in layers} == {
+                Communicator.of(first.process_group)
+            }
     new_group.assert_not_called()
-    assert all(layer.process_group is first.process_group for layer in layers)
 
 
 def wrong_groups_are_refused(rank: int) -> None:
@@ -96,11 +105,12 @@ def wrong_groups_are_refused(rank: int) -> None:
         SyncBatchNorm(3, process_group=[])
     with pytest.raises(ValueError, match=r"known: .*\), got 'trio'"):
         SyncBatchNorm(3, process_group="trio")
+    wrong: Any
     for wrong in ({0, 1}, 1, True, 1.5, -100.0, object, np.array([0, 1]), torch.ones(2)):
         with pytest.raises(TypeError, match="process_group must be None, a ProcessGroup"):
             SyncBatchNorm(3, process_group=wrong)
     with pytest.raises(TypeError, match=r"ints, got 1\.0 of type float in it"):
-        SyncBatchNorm(3, process_group=[0, 1.0])
+        SyncBatchNorm(3, process_group=[0, 1.0])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"name must be a str or None, got 7"):
         create_group(7, [0, 1])  # type: ignore[arg-type]
     if rank != 2:
@@ -146,6 +156,135 @@ def one_rank_evaluates_alone(rank: int) -> None:
             assert_step(layer, randn(5, 3), randn(5, 3, seed=1))
 
 
+def all_ranks_are_the_world(rank: int) -> None:
+    with mock.patch.object(dist, "new_group") as new_group:
+        for ids in ([0, 1, 2], (2, 0, 1)):
+            assert create_group("world", ids) is dist.group.WORLD
+            _assert_statistics_of([0, 1, 2], make_layer(process_group=ids), rank)
+    new_group.assert_not_called()
+
+
+def a_new_group_counts_at_once(rank: int) -> None:
+    """process_group is an attribute like others."""
+    layer = make_layer(process_group=[rank])
+    _assert_statistics_of([rank], layer, rank)
+    layer.process_group = None
+    _assert_statistics_of([0, 1, 2], layer, rank)
+    if rank != 1:
+        layer.process_group = [0, 2]
+        _assert_statistics_of([0, 2], layer, rank)
+    layer.process_group = [0, {}]  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="rank_ids must be a list of ints"):
+        layer(randn(5, 3))
+
+
+def destroyed_groups(rank: int) -> None:
+    """Rank ids get a new group, the handle of the old one is refused."""
+    if rank == 2:
+        return
+    group = create_group(None, [0, 1])
+    assert isinstance(group, dist.ProcessGroup)
+    by_ids, by_handle = make_layer(process_group=[0, 1]), make_layer(process_group=group)
+    for layer in (by_ids, by_handle):
+        _assert_statistics_of([0, 1], layer, rank)
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+    _assert_statistics_of([0, 1], by_ids, rank)
+    _assert_refused(by_handle, RuntimeError, "ProcessGroup that was destroyed: set .* rank ids")
+    for refused in (lambda: SyncBatchNorm(3, process_group=group), lambda: pickle.dumps(by_handle)):
+        with pytest.raises(RuntimeError, match="ProcessGroup that was destroyed"):
+            refused()
+
+
+def saved_and_loaded(rank: int) -> None:
+    if rank == 2:
+        return
+    handle = create_group("couple", [0, 1])
+    for given, kept in (
+        (None, None),
+        ([0, 1], [0, 1]),
+        ((1, 0), (1, 0)),
+        ("couple", "couple"),
+        (handle, [0, 1]),
+        (dist.group.WORLD, None),
+    ):
+        layer = make_layer(process_group=given)
+        file = io.BytesIO()
+        torch.save(torch.nn.Sequential(layer), file)
+        file.seek(0)
+        for loaded in (
+            pickle.loads(pickle.dumps(layer)),
+            torch.load(file, weights_only=False)[0],
+        ):
+            assert loaded.process_group == kept
+            assert_untouched(loaded, state_of(layer))
+            if kept is not None:
+                _assert_statistics_of([0, 1], loaded, rank)
+        assert copy.copy(layer).process_group is given
+
+
+kept_layers: dict[str, SyncBatchNorm] = {}
+
+
+def keep_layers(rank: int) -> None:
+    """For the world after this one."""
+    create_group("couple", [0, 1])
+    handle = dist.new_group([0, 1, 2])
+    kept_layers.update(
+        world=make_layer(),
+        ids=make_layer(process_group=[0, 1]),
+        alone=make_layer(process_group=[rank]),
+        name=make_layer(process_group="couple"),
+        handle=make_layer(process_group=handle),
+    )
+    for layer in kept_layers.values():
+        if rank != 2 or layer.process_group not in ("couple", [0, 1]):
+            layer(randn(5, 3, seed=rank))
+
+
+def layers_without_a_world(rank: int) -> None:
+    """Between two worlds."""
+    assert not dist.is_initialized()
+    for kind, layer in kept_layers.items():
+        assert_step(layer.eval(), randn(5, 3), randn(5, 3, seed=1))
+        layer.train()
+        if kind == "world":
+            assert_step(layer, randn(5, 3), randn(5, 3, seed=1))
+        elif kind == "handle":
+            _assert_refused(layer, RuntimeError, "ProcessGroup that was destroyed")
+        else:
+            _assert_refused(
+                layer, RuntimeError, "init_process_group first, or, to train alone, set"
+            )
+
+
+def layers_of_another_world(rank: int) -> None:
+    _assert_statistics_of([0, 1, 2], _reset(kept_layers["world"]), rank)
+    _assert_statistics_of([rank], _reset(kept_layers["alone"]), rank)
+    _assert_refused(kept_layers["name"], ValueError, r"call create_group\('couple', rank_ids\)")
+    _assert_refused(kept_layers["handle"], RuntimeError, "ProcessGroup that was destroyed")
+    kept_layers["handle"].process_group = None
+    _assert_statistics_of([0, 1, 2], _reset(kept_layers["handle"]), rank)
+    if rank != 2:
+        create_group("couple", [0, 1])
+        _assert_statistics_of([0, 1], _reset(kept_layers["ids"]), rank)
+        _assert_statistics_of([0, 1], _reset(kept_layers["name"]), rank)
+    else:
+        _assert_refused(kept_layers["ids"], ValueError, "without rank 2: on this rank call eval")
+
+
+def _reset(layer: SyncBatchNorm) -> SyncBatchNorm:
+    layer.reset_running_stats()
+    return layer
+
+
+def _assert_refused(layer: SyncBatchNorm, error: type[Exception], message: str) -> None:
+    before = state_of(layer)
+    with pytest.raises(error, match=message):
+        layer(randn(5, 3))
+    assert_untouched(layer, before)
+
+
 def groups_went_with_their_world(rank: int) -> None:
     gc.collect()
     # Gloo's threads abort a process that ends while something still holds their group.
@@ -162,7 +301,7 @@ def a_call_from_outside_leaves_no_trace(rank: int) -> None:
         _assert_statistics_of([0, 2], make_layer(process_group="pair"), rank)
 
 
-# Each list runs in a world of its own.
+# Each list runs in a world of its own, except the third, which runs without one.
 WORLDS: list[list[Callable[[int], None]]] = [
     [
         members_make_a_group,
@@ -171,10 +310,20 @@ WORLDS: list[list[Callable[[int], None]]] = [
         wrong_groups_are_refused,
         overlapping_groups,
         torch_still_makes_groups,
+        all_ranks_are_the_world,
+        a_new_group_counts_at_once,
         a_copy_shares_the_group,
         one_rank_evaluates_alone,
     ],
-    [groups_went_with_their_world, a_call_from_outside_leaves_no_trace],
+    [
+        groups_went_with_their_world,
+        a_call_from_outside_leaves_no_trace,
+        saved_and_loaded,
+        destroyed_groups,
+        keep_layers,
+    ],
+    [layers_without_a_world],
+    [layers_of_another_world],
 ]
 
 
@@ -184,21 +333,28 @@ def _run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     outcome: dict[str, str] = {}
     for index, checks in enumerate(WORLDS):
-        store = f"file://{folder}/world-{index}"
-        dist.init_process_group(
-            "gloo", init_method=store, rank=rank, world_size=RANKS, timeout=TIMEOUT
-        )
+        world = checks != [layers_without_a_world]
+        if world:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/world-{index}",
+                rank=rank,
+                world_size=RANKS,
+                timeout=TIMEOUT,
+            )
         for check in checks:
             try:
                 check(rank)
-                dist.barrier()
+                if world:
+                    dist.barrier()
                 outcome[check.__name__] = "passed"
             except BaseException:
                 outcome[check.__name__] = traceback.format_exc()
                 return
             finally:
                 (folder / str(rank)).write_text(json.dumps(outcome))
-        dist.destroy_process_group()
+        if world:
+            dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +382,19 @@ def test_groups_on_three_ranks(check: str, outcomes: list[dict[str, str]]) -> No
     for rank, outcome in enumerate(outcomes):
         found = outcome.get(check, "not reached, or not done by the deadline")
         assert found == "passed", f"rank {rank}: {found}"
+
+
+@pytest.mark.parametrize("given", [[0, 1], (0,), "pair"])
+def test_a_group_without_a_world(given: list[int] | tuple[int, ...] | str) -> None:
+    """The layer is built, evaluated, copied and pickled, but does not train alone in silence."""
+    layer = make_layer(process_group=given)
+    for again in (layer, copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert again.process_group == given
+        assert_step(again.eval(), randn(5, 3), randn(5, 3, seed=1))
+        _assert_refused(
+            again.train(),
+            RuntimeError,
+            r"process_group .* call .*init_process_group first, or, .* None",
+        )
+        again.process_group = None
+        assert_step(again, randn(5, 3), randn(5, 3, seed=1))
