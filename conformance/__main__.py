@@ -11,6 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+from syncbn.extras import require_for_command
+
+require_for_command("syncbn-conformance", "conformance", "numpy", "rich", "jsonschema")
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -125,7 +125,7 @@ def oracle(name: str, target: Target) -> Target | str:
     if target.name == chosen.name:
         reason = f"{chosen.name} is the target itself"
     elif importlib.util.find_spec("mindspore") is None:
-        reason = "MindSpore is not installed: pip install 'mindspore>=2.10,<2.11' 'numpy<2'"
+        reason = "MindSpore is not installed: pip install 'syncbn[mindspore]'"
     if reason and name != "auto":
         raise TargetError(f"oracle must be another layer that is there, got {name!r}: {reason}")
     return reason or chosen

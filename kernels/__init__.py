@@ -4,3 +4,7 @@
 of the layer's backends. `ladder` proves them without a device, in a checkout: `python -m
 syncbn.kernels`.
 """
+
+from syncbn.extras import require
+
+require("syncbn.kernels", "torch", "torch")

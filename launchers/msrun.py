@@ -37,7 +37,7 @@ class MsrunJob:
         if importlib.util.find_spec("mindspore") is None:
             raise FileNotFoundError(
                 "launcher msrun needs MindSpore, which is not installed: "
-                "pip install -e '.[mindspore]'"
+                "pip install 'syncbn[mindspore]'"
             )
         self._ranks = ranks
         self._logs = Path(tempfile.mkdtemp(prefix="syncbn-msrun-"))

@@ -1,5 +1,9 @@
 """The oracle: SyncBatchNorm in float64 NumPy, with an error bound beside every value."""
 
+from syncbn.extras import require
+
+require("syncbn.reference", "conformance", "numpy")
+
 from syncbn.reference.bounds import Bounded, Precision
 from syncbn.reference.layer import Gradients, SyncBatchNorm, averaged
 

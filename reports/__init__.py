@@ -12,6 +12,10 @@ without a framework.
 document.
 """
 
+from syncbn.extras import require
+
+require("syncbn.reports", "conformance", "rich", "jsonschema")
+
 from syncbn.reports.document import SCHEMA, Report, ReportError, load, save, validate
 from syncbn.reports.findings import findings
 from syncbn.reports.table import summarize

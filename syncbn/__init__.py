@@ -1,6 +1,7 @@
 """SyncBatchNorm for Ascend NPUs, in PyTorch and in MindSpore.
 
-Importing this package imports no framework. The layer is `syncbn.torch.SyncBatchNorm`.
+Importing this package imports nothing else. `from syncbn.torch import SyncBatchNorm` and
+`from syncbn.mindspore import SyncBatchNorm` are the layers; `syncbn-conformance` judges them.
 """
 
 from syncbn.protocol import PeerError

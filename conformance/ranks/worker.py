@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import importlib.util
 import os
 import queue
 import signal
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from syncbn.conformance import wire
 from syncbn.conformance.case import load
 from syncbn.conformance.ranks.base import Rank
+from syncbn.extras import require
 
 
 def serve(connection: Connection, rank: int, ranks: int, local_rank: int) -> None:
@@ -65,13 +65,11 @@ def _listen(connection: Connection, jobs: queue.SimpleQueue[wire.Message]) -> No
 
 def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Rank:
     if target["framework"] == "torch":
+        require("the target", "torch", "torch")
         from syncbn.conformance.ranks.torch import TorchRank
 
         return TorchRank(target, rank, ranks, local_rank)
-    if importlib.util.find_spec("mindspore") is None:
-        raise ModuleNotFoundError(
-            "MindSpore is not installed: pip install 'mindspore>=2.10,<2.11' 'numpy<2'"
-        )
+    require("the target", "mindspore", "mindspore")
     os.environ.setdefault("GLOG_v", "3")  # errors only, or MindSpore writes pages of warnings
     os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # not into the user's directory
     from syncbn.conformance.ranks.mindspore import MindSporeRank

@@ -1,5 +1,9 @@
 """SyncBatchNorm for MindSpore: Ascend (HCCL) and CPU ranks, in PyNative and in graph mode."""
 
+from syncbn.extras import require
+
+require("syncbn.mindspore", "mindspore", "mindspore")
+
 from syncbn.mindspore.groups import create_group
 from syncbn.mindspore.layer import SyncBatchNorm
 

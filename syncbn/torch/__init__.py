@@ -1,5 +1,9 @@
 """SyncBatchNorm for PyTorch: Ascend (torch_npu, HCCL), CUDA (NCCL) and CPU (Gloo) ranks."""
 
+from syncbn.extras import require
+
+require("syncbn.torch", "torch", "torch")
+
 from syncbn.torch import functional
 from syncbn.torch.groups import create_group
 from syncbn.torch.layer import SyncBatchNorm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,9 @@ class TestTargets:
             targets.parse("mindspore.mint", mode="graph")
 
     def test_without_mindspore(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-        with pytest.raises(ModuleNotFoundError, match="not installed: pip install 'mindspore"):
+        monkeypatch.setitem(sys.modules, "mindspore", None)
+        text = r"target needs mindspore, which is not installed: pip install 'syncbn\[mindspore\]'"
+        with pytest.raises(ModuleNotFoundError, match=text):
             worker._load(targets.parse("mindspore.mint").document, 0, 1, 0)
 
     @needs_mindspore

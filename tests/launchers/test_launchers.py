@@ -221,6 +221,6 @@ def test_msrun_without_mindspore(
     assert main(["run", "--launcher", "msrun", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "syncbn-conformance: launcher msrun needs MindSpore, which is not installed: "
-        "pip install -e '.[mindspore]'"
+        "pip install 'syncbn[mindspore]'"
     )
     assert list(tmp_path.iterdir()) == []
