@@ -12,6 +12,7 @@ from syncbn.conformance.case import Case
 from syncbn.conformance.expected import expect
 from syncbn.conformance.pool import RankPool, went_wrong
 from syncbn.conformance.verdict import Verdict
+from syncbn.reference.ratio import THRESHOLD
 
 # Which of three departs from the others: the target, the oracle or the reference.
 FINDINGS = {
@@ -96,5 +97,5 @@ def _finding(target: Verdict, oracle: Verdict, apart: float | None) -> str:
         return "agree" if target.verdict == "pass" else "target departs"
     if target.verdict == "pass":
         return "oracle departs"
-    together = apart is not None and apart <= verdict.THRESHOLD
+    together = apart is not None and apart <= THRESHOLD
     return "reference departs" if together else "both depart"

@@ -1,10 +1,7 @@
-"""The verdict on a case: what the ranks answered against what the reference says.
+"""Compare the ranks' answers with the expected results.
 
-Numbers are judged by ratio = |got - expected| / bound, element by element, with the bound of
-reference.bounds; a case passes if its largest ratio is at most THRESHOLD, one number for every
-case, target and dtype, as in LAPACK's tests. Where the reference has a number, NaN and
-infinity never pass; where it is NaN, so must the result be (or infinite), and an infinity passes
-only where the reference has it.
+Every number is judged by its `ratio` to the bound (syncbn.reference.ratio); a case passes if its
+largest ratio is at most THRESHOLD.
 """
 
 from __future__ import annotations
@@ -23,9 +20,7 @@ from syncbn.conformance.expected import Expectations, Expected
 from syncbn.conformance.pool import Outcome
 from syncbn.conformance.wire import Message
 from syncbn.reference import Bounded
-
-# Room for sums in blocks of up to 128 values, whose errors may align; see test_bounds.py.
-THRESHOLD = 3.0
+from syncbn.reference.ratio import THRESHOLD, ratio
 
 # The closed list of verdicts, worst first for a clause that has several.
 VERDICTS = ("crash", "hang", "fail", "unsupported", "not-run", "pass")
@@ -133,17 +128,6 @@ def apart(case: Case, one: Outcome, other: Outcome, expected: Expectations) -> f
             found = float(np.max(ratio(got, Bounded(beside, bounded.bound))))
             largest = max(found, largest or 0.0)
     return largest
-
-
-def ratio(got: npt.NDArray[Any], expected: Bounded) -> npt.NDArray[np.float64]:
-    """|got - expected| / bound for each element; infinite where nothing else can be said."""
-    value, bound = expected
-    got = got.astype(np.float64)
-    with np.errstate(all="ignore"):
-        quotient = np.abs(got - value) / bound
-    finite = np.isfinite(value) & np.isfinite(got) & np.isfinite(bound) & (bound > 0)
-    alike = np.where(np.isnan(value), ~np.isfinite(got), got == value)
-    return np.where(finite, quotient, np.where(alike, 0.0, np.inf))
 
 
 def _check_errors(case: Case, rank: int, answer: Message) -> None:

@@ -1,4 +1,4 @@
-"""The oracle: SyncBatchNorm in float64 NumPy, with an error bound beside every value."""
+"""The reference: SyncBatchNorm in float64 NumPy, with an error bound for every value."""
 
 from syncbn.extras import require
 

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from audit.ladder import cuda, interpreted, judged, lowered, planted, toolchain, torch_npu
 from audit.ladder import twin as twin_compiler
-from syncbn.conformance.verdict import THRESHOLD
 from syncbn.kernels import leaf, twin
 from syncbn.kernels.plan import Tiles
 from syncbn.kernels.variants import DTYPES, LAYOUTS, Variant, variants
+from syncbn.reference.ratio import THRESHOLD
 
 _FRONT_END = threading.Lock()
 

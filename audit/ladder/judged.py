@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from syncbn import reference
-from syncbn.conformance.verdict import ratio
 from syncbn.kernels.operations import Operations
 from syncbn.reference import Bounded, bounds, formulas
+from syncbn.reference.ratio import ratio
 
 # (R, C, S) of two shards each, so that every width of a tile is used, filled and not, and in the
 # last of each layout a program has more tiles than it adds up in one run.
@@ -72,17 +72,17 @@ def _answers(
     means.append(torch.full_like(means[0], torch.nan))
     variances.append(torch.full_like(means[0], torch.inf))
     counts = torch.tensor([*(float(x.numel() // channels) for x in xs), 0.0])
-    oracle = reference.SyncBatchNorm(
+    norm = reference.SyncBatchNorm(
         channels, _EPS, momentum=1.0, weight=weight.double().numpy(), bias=bias.double().numpy()
     )
     data = [x.double().numpy() for x in xs]
-    ys = oracle.forward(data, training=True, dtype=str(dtype).removeprefix("torch."))
-    gradients = oracle.backward([dy.double().numpy() for dy in dys])
+    ys = norm.forward(data, training=True, dtype=str(dtype).removeprefix("torch."))
+    gradients = norm.backward([dy.double().numpy() for dy in dys])
     mean, var, invstd, n = operations.combine(
         torch.stack(means), torch.stack(variances), counts, _EPS
     )
-    yield "combine", mean, oracle.running_mean
-    yield "combine", var * (n / (n - 1)), oracle.running_var
+    yield "combine", mean, norm.running_mean
+    yield "combine", var * (n / (n - 1)), norm.running_var
 
     sums = [operations.reduce_grad(dy, x, mean) for dy, x in zip(dys, xs, strict=True)]
     sum_dy, sum_dy_xmu = (torch.stack(of_ranks).sum(0) for of_ranks in zip(*sums, strict=True))

@@ -23,8 +23,8 @@ from syncbn.conformance.cases import catalogue
 from syncbn.conformance.expected import Expectations, expect
 from syncbn.conformance.pool import Outcome, RankPool, went_wrong
 from syncbn.conformance.targets import Target
-from syncbn.conformance.verdict import ratio
 from syncbn.reference import Bounded
+from syncbn.reference.ratio import ratio
 
 QUANTITIES = ("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "running_var")
 FAILED = ("it crashed", "it hung", "it raised an error")  # instead of an answer, or a reason

@@ -18,7 +18,7 @@ from audit.study.collect import (
     Study,
 )
 from audit.study.measures import RMS_LIMIT
-from syncbn.conformance.verdict import THRESHOLD
+from syncbn.reference.ratio import THRESHOLD
 
 _FEW = 1000  # values per channel
 _OF_LAYER = ("cases", "median", "worst", f"over {THRESHOLD:g}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from audit.study.collect import QUANTITIES, Implementation, Measured, Study, StudyError
-from syncbn.conformance.verdict import THRESHOLD
+from syncbn.reference.ratio import THRESHOLD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -169,7 +169,9 @@ COMPARATORS = {
     "every ratio is 0": Sabotage(
         f"{_VERDICT}:ratio", then(np.zeros_like), (_OUT_OF_BOUND, _DEPARTURES)
     ),
-    "the threshold is 3000": Sabotage(f"{_VERDICT}:THRESHOLD", becomes(3000.0), (_UNSOUND,)),
+    "the threshold is 3000": Sabotage(
+        "syncbn.reference.ratio:THRESHOLD", becomes(3000.0), (_UNSOUND,)
+    ),
     "NaN passes": Sabotage(f"{_VERDICT}:ratio", accepts(np.isnan), (_DEPARTURES,)),
     "infinity passes": Sabotage(f"{_VERDICT}:ratio", accepts(np.isinf), (_DEPARTURES,)),
     "a missing array passes": Sabotage(f"{_VERDICT}:_compare", accepts_absence, (_DEPARTURES,)),

@@ -15,9 +15,10 @@ from syncbn.conformance.cases import catalogue
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.conformance.expected import expect
 from syncbn.conformance.pool import Outcome
-from syncbn.conformance.verdict import THRESHOLD, judge, ratio
+from syncbn.conformance.verdict import judge
 from syncbn.conformance.wire import Message
 from syncbn.reference import Bounded
+from syncbn.reference.ratio import THRESHOLD, ratio
 
 CHECKS = (
     *("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "running_var"),

@@ -37,12 +37,12 @@ from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.ranks import torch as torch_ranks
-from syncbn.conformance.verdict import THRESHOLD
 from syncbn.kernels import twin
 from syncbn.kernels.operations import Operations
 from syncbn.kernels.plan import TILE, WIDTHS, all_tiles, plan
 from syncbn.kernels.variants import DTYPES, TILED, Variant, variants
 from syncbn.reference import bounds, formulas
+from syncbn.reference.ratio import THRESHOLD
 from tests.syncbn.torch_layers import (
     assert_step,
     assert_within,

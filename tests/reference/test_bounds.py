@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pytest
 
 from syncbn.conformance.data import round_to
-from syncbn.conformance.verdict import THRESHOLD, ratio
 from syncbn.reference import Bounded, Gradients, SyncBatchNorm, averaged
+from syncbn.reference.ratio import THRESHOLD, ratio
 
 Array: TypeAlias = npt.NDArray[Any]  # (C, n) values, or (C,) statistics
 Sum: TypeAlias = Callable[[Array], Array]

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from mindspore import Tensor, nn
 
 from syncbn import reference
-from syncbn.conformance.verdict import THRESHOLD, ratio
 from syncbn.mindspore import SyncBatchNorm
 from syncbn.reference import Bounded
+from syncbn.reference.ratio import THRESHOLD, ratio
 
 MODES = ("pynative", "jit", "graph")
 
@@ -129,7 +129,7 @@ def assert_within(what: str, got: Tensor, expected: Bounded) -> None:
     assert worst <= THRESHOLD, f"{what} is wrong by {worst:.3g} times its bound"
 
 
-def oracle_of(layer: SyncBatchNorm) -> reference.SyncBatchNorm:
+def reference_of(layer: SyncBatchNorm) -> reference.SyncBatchNorm:
     """The reference, in the state that the layer is in."""
     parameters = layer.parameters_dict()
     state = {name: numpy_of(parameter) for name, parameter in parameters.items()}
@@ -149,11 +149,11 @@ def oracle_of(layer: SyncBatchNorm) -> reference.SyncBatchNorm:
 
 def assert_step(layer: SyncBatchNorm, x: Tensor, dy: Tensor, mode: str = "pynative") -> Step:
     """A step in which every result is within its bound."""
-    oracle = oracle_of(layer)
+    expected_layer = reference_of(layer)
     before = numpy_of(x)
     taken = step(layer, x, dy, mode)
-    (y,) = oracle.forward([before], layer.training, dtype=dtype_name(x.dtype))
-    (expected,) = oracle.backward([numpy_of(dy)])
+    (y,) = expected_layer.forward([before], layer.training, dtype=dtype_name(x.dtype))
+    (expected,) = expected_layer.backward([numpy_of(dy)])
     assert np.array_equal(numpy_of(x), before)
     assert (taken.y.dtype, taken.y.shape) == (taken.dx.dtype, taken.dx.shape) == (x.dtype, x.shape)
     assert_within("y", taken.y, y)
@@ -161,17 +161,17 @@ def assert_step(layer: SyncBatchNorm, x: Tensor, dy: Tensor, mode: str = "pynati
     for name, gradient in taken.gradients.items():
         assert gradient.dtype == getattr(layer, name).dtype
         assert_within(f"gradient of {name}", gradient, getattr(expected, name))
-    assert_tracked(layer, oracle)
+    assert_tracked(layer, expected_layer)
     return taken
 
 
-def assert_tracked(layer: SyncBatchNorm, oracle: reference.SyncBatchNorm) -> None:
+def assert_tracked(layer: SyncBatchNorm, expected_layer: reference.SyncBatchNorm) -> None:
     if layer.track_running_stats:
-        assert_within("running_mean", layer.running_mean, oracle.running_mean)
-        assert_within("running_var", layer.running_var, oracle.running_var)
+        assert_within("running_mean", layer.running_mean, expected_layer.running_mean)
+        assert_within("running_var", layer.running_var, expected_layer.running_var)
         assert (
             int(numpy_of(layer.parameters_dict()["num_batches_tracked"]))
-            == oracle.num_batches_tracked
+            == expected_layer.num_batches_tracked
         )
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import reference
 from syncbn.conformance.ranks.substitutes import torch as substitutes
-from syncbn.conformance.verdict import THRESHOLD, ratio
+from syncbn.reference.ratio import THRESHOLD, ratio
 from syncbn.torch.backends import Backend, aten, load
 from syncbn.torch.step import DTYPES
 from tests.kernels.test_kernels import needs_twin
@@ -30,8 +30,8 @@ from tests.syncbn.torch_layers import (
     assert_within,
     make_layer,
     numpy_of,
-    oracle_of,
     randn,
+    reference_of,
 )
 
 Process = Callable[..., Any]
@@ -135,15 +135,15 @@ def check_data(name: str, layout: str) -> None:
 
 def check_not_affine(training: bool) -> None:
     layer = make_layer(backend="aten", affine=False).train(training)
-    oracle = oracle_of(layer)
+    expected_layer = reference_of(layer)
     x, dy = randn(5, 3, 2).requires_grad_(), randn(5, 3, 2, seed=1)
     y = layer(x)
     (dx,) = torch.autograd.grad(y, x, dy)
-    (expected_y,) = oracle.forward([numpy_of(x)], training)
-    (expected,) = oracle.backward([numpy_of(dy)])
+    (expected_y,) = expected_layer.forward([numpy_of(x)], training)
+    (expected,) = expected_layer.backward([numpy_of(dy)])
     assert_within("y", y, expected_y)
     assert_within("dx", dx, expected.input)
-    assert_tracked(layer, oracle)
+    assert_tracked(layer, expected_layer)
 
 
 def check_empty(training: bool) -> None:
@@ -399,16 +399,16 @@ def ratios_of(backend: str, mean: float, std: float) -> dict[str, dict[str, floa
     """
     shards = (mean + std * randn(2, 250, 3, 1, dtype=torch.float64)).float()
     gradients = _orthogonal(shards, randn(2, 250, 3, 1, dtype=torch.float64, seed=1)).float()
-    oracle = reference.SyncBatchNorm(3, momentum=1.0)
-    oracle.forward([numpy_of(x) for x in shards])
-    expected = oracle.backward([numpy_of(dy) for dy in gradients])
+    expected_layer = reference.SyncBatchNorm(3, momentum=1.0)
+    expected_layer.forward([numpy_of(x) for x in shards])
+    expected = expected_layer.backward([numpy_of(dy) for dy in gradients])
     results: dict[str, dict[str, Sequence[Tensor]]] = {
         "ours": _by_backend(load(backend), shards, gradients),
         "vendor": _by_vendor(shards, gradients),
         "moments": {"running_var": [_unbiased_by_moments(shards)]},
     }
     bounded = {
-        "running_var": [oracle.running_var],
+        "running_var": [expected_layer.running_var],
         "dx": [g.input for g in expected],
         "grad_weight": [g.weight for g in expected],
     }

@@ -43,8 +43,8 @@ from tests.syncbn.mindspore_layers import (
     forward,
     make_layer,
     numpy_of,
-    oracle_of,
     randn,
+    reference_of,
     same,
     state_of,
     step,
@@ -230,21 +230,21 @@ class TestNetwork:
     @pytest.mark.parametrize("mode", ["pynative", "jit"])
     def test_layer_twice(self, mode: str) -> None:
         layer = make_layer()
-        oracle = oracle_of(layer)
+        expected_layer = reference_of(layer)
 
         def twice(x: Tensor) -> Tensor:
             return layer(layer(x))
 
         cell = _Calls(twice, layer)
         y = forward(cell, randn(5, 3), mode)
-        (hidden,) = oracle.forward([numpy_of(randn(5, 3))])
-        (expected,) = oracle.forward([hidden.value])
+        (hidden,) = expected_layer.forward([numpy_of(randn(5, 3))])
+        (expected,) = expected_layer.forward([hidden.value])
         assert np.allclose(numpy_of(y), expected.value, atol=1e-5)
-        assert oracle.num_batches_tracked == 2
+        assert expected_layer.num_batches_tracked == 2
         tracked = layer.num_batches_tracked
         assert tracked is not None
         assert int(tracked.asnumpy()) == 2
-        assert np.allclose(numpy_of(layer.running_var), oracle.running_var.value, atol=1e-6)
+        assert np.allclose(numpy_of(layer.running_var), expected_layer.running_var.value, atol=1e-6)
 
 
 class _Calls(nn.Cell):
@@ -639,18 +639,18 @@ class TestBackend:
         exact = bounds.of_moments(matrix, *formulas.moments(matrix), 1, u)
         exact_sums = formulas.sums(dy_matrix, matrix, exact.mean.value)
         sum_bounds = bounds.of_sums(dy_matrix, matrix, exact.mean, exact_sums[0], 1, u)
-        oracle = reference.SyncBatchNorm(
+        expected_layer = reference.SyncBatchNorm(
             channels, track_running_stats=False, weight=numpy_of(weight), bias=numpy_of(bias)
         )
-        (exact_y,) = oracle.forward([numpy_of(x)], training=False, dtype=dtype_name(dtype))
-        (exact_gradients,) = oracle.backward([numpy_of(dy)])
+        (exact_y,) = expected_layer.forward([numpy_of(x)], training=False, dtype=dtype_name(dtype))
+        (exact_gradients,) = expected_layer.backward([numpy_of(dy)])
 
         mean, var = composed.stats(x)
         assert_within("mean", mean, exact.mean)
         assert_within("var", var, exact.var)
         count = Tensor([float(rows * spatial)], ms.float64)
         mean, _, invstd, n = composed.combine(
-            mean.reshape(1, -1), var.reshape(1, -1), count, backends.number(oracle.eps)
+            mean.reshape(1, -1), var.reshape(1, -1), count, backends.number(expected_layer.eps)
         )
         y = composed.normalize(x, mean, invstd, weight, bias)
         assert_within("y", y, exact_y)

@@ -31,8 +31,8 @@ from tests.syncbn.torch_layers import (
     assert_untouched,
     make_layer,
     numpy_of,
-    oracle_of,
     randn,
+    reference_of,
     state_of,
 )
 
@@ -43,10 +43,10 @@ TIMEOUT = datetime.timedelta(seconds=20)  # for a collective, so that a lost ran
 
 def _assert_statistics_of(members: list[int], layer: SyncBatchNorm, rank: int) -> None:
     """A training step takes the statistics of these ranks together."""
-    oracle = oracle_of(layer)
+    expected_layer = reference_of(layer)
     layer(randn(5, 3, seed=rank))
-    oracle.forward([numpy_of(randn(5, 3, seed=member)) for member in members])
-    assert_tracked(layer, oracle)
+    expected_layer.forward([numpy_of(randn(5, 3, seed=member)) for member in members])
+    assert_tracked(layer, expected_layer)
 
 
 pair_of_first_world: weakref.ref[dist.ProcessGroup] | None = None

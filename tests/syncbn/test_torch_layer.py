@@ -38,8 +38,8 @@ from tests.syncbn.torch_layers import (
     dtype_name,
     make_layer,
     numpy_of,
-    oracle_of,
     randn,
+    reference_of,
     state_of,
 )
 
@@ -337,11 +337,11 @@ class TestComposed:
         exact = bounds.of_moments(matrix, *formulas.moments(matrix), 1, u)
         exact_sums = formulas.sums(dy_matrix, matrix, exact.mean.value)
         sum_bounds = bounds.of_sums(dy_matrix, matrix, exact.mean, exact_sums[0], 1, u)
-        oracle = reference.SyncBatchNorm(
+        expected_layer = reference.SyncBatchNorm(
             channels, track_running_stats=False, weight=numpy_of(weight), bias=numpy_of(bias)
         )
-        (exact_y,) = oracle.forward([numpy_of(x)], training=False, dtype=dtype_name(dtype))
-        (exact_gradients,) = oracle.backward([numpy_of(dy)])
+        (exact_y,) = expected_layer.forward([numpy_of(x)], training=False, dtype=dtype_name(dtype))
+        (exact_gradients,) = expected_layer.backward([numpy_of(dy)])
 
         mean, var = composed.stats(x)
         assert_within("mean", mean, exact.mean)
@@ -805,14 +805,14 @@ class TestWithTorch:
         x = randn(5, 3, 2, 2).requires_grad_()
         layer, theirs = make_layer(), torch.nn.BatchNorm2d(3)
         theirs.load_state_dict(layer.state_dict())
-        oracle = oracle_of(layer)
+        expected_layer = reference_of(layer)
         for _ in range(2):  # the recomputation is a second training forward
-            oracle.forward([numpy_of(x)])
+            expected_layer.forward([numpy_of(x)])
         (expected,) = torch.autograd.grad(copy.deepcopy(layer)(x).square().sum(), x)
         for model in (layer, theirs):
             y: Tensor = checkpoint(model, x, use_reentrant=False)
             y.square().sum().backward()
-            assert_tracked(model, oracle)
+            assert_tracked(model, expected_layer)
             if model is layer:
                 assert x.grad is not None
                 assert torch.equal(x.grad, expected)

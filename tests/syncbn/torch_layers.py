@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from syncbn import reference
-from syncbn.conformance.verdict import THRESHOLD, ratio
 from syncbn.reference import Bounded
 from syncbn.reference.formulas import Array
+from syncbn.reference.ratio import THRESHOLD, ratio
 from syncbn.torch import SyncBatchNorm
 
 
@@ -44,7 +44,7 @@ def make_layer(num_features: int = 3, **arguments: Any) -> SyncBatchNorm:
     return layer
 
 
-def oracle_of(layer: Any) -> reference.SyncBatchNorm:
+def reference_of(layer: Any) -> reference.SyncBatchNorm:
     """The reference, in the state that a BatchNorm is in."""
     state = {name: numpy_of(tensor) for name, tensor in layer.state_dict().items()}
     steps = int(state.pop("num_batches_tracked", 0))
@@ -62,26 +62,26 @@ def oracle_of(layer: Any) -> reference.SyncBatchNorm:
 
 def assert_step(layer: SyncBatchNorm, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """y and dx of a forward and backward, in which every result is within its bound."""
-    oracle = oracle_of(layer)
+    expected_layer = reference_of(layer)
     x = x.detach().requires_grad_()
     y = layer(x)
     dx, dweight, dbias = torch.autograd.grad(y, [x, *layer.parameters()], dy)
-    (expected_y,) = oracle.forward([numpy_of(x)], layer.training, dtype=dtype_name(x.dtype))
-    (expected,) = oracle.backward([numpy_of(dy)])
+    (expected_y,) = expected_layer.forward([numpy_of(x)], layer.training, dtype=dtype_name(x.dtype))
+    (expected,) = expected_layer.backward([numpy_of(dy)])
     assert_within("y", y, expected_y)
     assert_within("dx", dx, expected.input)
     assert_within("grad_weight", dweight, expected.weight)
     assert_within("grad_bias", dbias, expected.bias)
-    assert_tracked(layer, oracle)
+    assert_tracked(layer, expected_layer)
     return y, dx
 
 
-def assert_tracked(layer: torch.nn.Module, oracle: reference.SyncBatchNorm) -> None:
+def assert_tracked(layer: torch.nn.Module, expected_layer: reference.SyncBatchNorm) -> None:
     state = layer.state_dict()
     if "running_mean" in state:
-        assert_within("running_mean", state["running_mean"], oracle.running_mean)
-        assert_within("running_var", state["running_var"], oracle.running_var)
-        assert state["num_batches_tracked"] == oracle.num_batches_tracked
+        assert_within("running_mean", state["running_mean"], expected_layer.running_mean)
+        assert_within("running_var", state["running_var"], expected_layer.running_var)
+        assert state["num_batches_tracked"] == expected_layer.num_batches_tracked
 
 
 def assert_untouched(layer: SyncBatchNorm, before: dict[str, Tensor]) -> None:
