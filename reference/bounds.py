@@ -1,25 +1,26 @@
 r"""How far a careful implementation may be from the reference, element by element.
 
-Judged is an implementation that accumulates in a type of unit roundoff u (float32 for inputs of
-float16, bfloat16 and float32; float64 for float64) and rounds each result to the dtype it
-returns, of unit roundoff u_o. The rules of the derivation:
+The implementation that is judged accumulates in a type of unit roundoff u (float32 for inputs of
+float16, bfloat16 and float32; float64 for float64). It rounds each result to the dtype it
+returns, of unit roundoff u_o. These rules derive the bounds:
 
 (a) fl(a op b) = (a op b)(1 + d), abs(d) <= u. Higham, Accuracy and Stability of Numerical
     Algorithms (2002), (2.4). Everything below is to first order in u.
 (b) A sum of n terms costs h u sum|terms|. Pairwise summation has h = log2 n (Higham, (4.6)). A
-    group of R ranks adds log2 R for the sum over ranks, and 4 stand for forming a term,
-    its weight n_r / n, the division and the store: h = log2 n + log2 R + 4. Blocks of b values
-    that are added one by one have a worst case of b instead, but rounding errors that are not
-    aligned grow as sqrt(b) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); the threshold of
-    the verdict leaves room for them. One running sum over a large n is meant to fail.
-(c) Parts are merged by Chan, Golub and LeVeque (The American Statistician 37, 1983), which ranks
-    cannot avoid: v = sum w (v_p + (m_p - m)^2). With the means of the parts in error by e_p and
-    that of the whole by e, v is off by 2 sum w (m_p - m) e_p + sum w ((e_p - e)^2 + e_p^2),
-    for sum w (m_p - m) = 0. As sum w e_p^2 <= de^2 with de = u (h + 1) sqrt(v + m^2), Cauchy and
-    Schwarz bound this by 2 sqrt(v) de + 5 de^2: the condition number sqrt(1 + m^2 / v) of their
-    paper. A two-pass variance in one part only has the last term, e_p^2.
-(d) y and dx may be formed as written or folded into x a + c, which rounds x a and m a instead
-    of x - m: hence abs(x) + abs(m) where the formula has abs(x - m).
+    group of R ranks adds log2 R for the sum over ranks. A further 4 is for forming a term, its
+    weight n_r / n, the division and the store: h = log2 n + log2 R + 4. Blocks of b values that
+    are added one by one have a worst case of b instead, but rounding errors that are not aligned
+    grow as sqrt(b) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019); the threshold of the verdict
+    leaves room for them. One running sum over a large n is meant to fail.
+(c) Parts are merged by the formula of Chan, Golub and LeVeque (The American Statistician 37,
+    1983), which ranks cannot avoid: v = sum w (v_p + (m_p - m)^2). If the means of the parts are
+    in error by e_p and that of the whole by e, then v is in error by 2 sum w (m_p - m) e_p +
+    sum w ((e_p - e)^2 + e_p^2), because sum w (m_p - m) = 0. As sum w e_p^2 <= de^2 with
+    de = u (h + 1) sqrt(v + m^2), the inequality of Cauchy and Schwarz bounds this by
+    2 sqrt(v) de + 5 de^2: the condition number sqrt(1 + m^2 / v) of their paper. A two-pass
+    variance of a single part has the last term only, e_p^2.
+(d) y and dx may be formed as written or folded into x a + c. The folded form rounds x a and m a
+    instead of x - m: hence abs(x) + abs(m) where the formula has abs(x - m).
 
 With m, v, s = 1 / sqrt(v + eps), d = x - m, g = weight, b = bias, S = sum dy, X = sum dy d,
 k = s^2 X / n, and A = mean|x|:
@@ -39,19 +40,24 @@ k = s^2 X / n, and A = mean|x|:
          |dx| (ds + 2u) in eval, where dx = g s dy
     r    (1 - f) dr + f db + 2u (|(1 - f) r| + |f b|)        running statistic, f = momentum
 
-Where v is far below its own error, ds is not small, hence 1 + ds where first order would do. With
-eps = 0 it may be infinite: then nothing can be said of a result.
+Where v is far below its own error, ds is not small: hence 1 + ds, which a first-order bound would
+leave out. With eps = 0 the bound may be infinite: then the reference defines no result.
 
 Each value is then rounded to its dtype: u_o |value| + half the smallest subnormal.
 
-The reference works in float64 and obeys the same analysis with u = 2^-53, so its own error is
-accounted for by adding 2^-53 to u: nothing for float32, a factor of 2 for float64.
+The reference works in float64 and obeys the same analysis with u = 2^-53. Adding 2^-53 to u
+accounts for its own error: nothing for float32, a factor of 2 for float64.
 
-The bound conditions on the data: mean/std, the cancellation in y near zero and in S and X all
-enter. Intermediate overflow and underflow do not: between scales 1e-18 and 1e18 the result has
-neither, and an implementation can avoid them (a sum of squares overflows where the variance does
-not, and g s^3 X / n, the coefficient of x in a folded dx, underflows where dx does not). Nor does
-a ring that adds up many ranks one after the other: log2 R is the depth of a tree.
+The bound depends on the data: mean/std, the cancellation in y near zero and the cancellation in S
+and X all enter. Intermediate overflow and underflow do not. Between scales 1e-18 and 1e18 the
+result has neither, and an implementation can avoid them: a sum of squares overflows where the
+variance does not, and g s^3 X / n, the coefficient of x in a folded dx, underflows where dx does
+not. A ring that adds up many ranks one after the other does not enter either: log2 R is the depth
+of a tree.
+
+One function for each operation gives its bound (of_stats, of_combine, of_normalize,
+of_reduce_grad, of_input_grad); the others are for what lies between them. syncbn.reference.second
+derives the bounds of second derivatives by the same rules.
 """
 
 from __future__ import annotations
@@ -80,7 +86,7 @@ _SMALLEST_SUBNORMAL = {
 
 
 class Bounded(NamedTuple):
-    """A value and how far from it a careful implementation may be, both of one shape."""
+    """A value, and how far from it a careful implementation may be; two arrays of one shape."""
 
     value: Array
     bound: Array
@@ -88,9 +94,9 @@ class Bounded(NamedTuple):
 
 @dataclass(frozen=True)
 class Precision:
-    """The arithmetic of the implementation that is judged, given the dtype of its input."""
+    """The arithmetic of the implementation that is judged."""
 
-    input_dtype: str
+    input_dtype: str  # name of the dtype of its input
 
     @property
     def u(self) -> float:
@@ -101,18 +107,18 @@ class Precision:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and biased variance, (C,) each with its bound, of n values per channel."""
+    """The statistics that data are normalized with."""
 
-    mean: Bounded
-    var: Bounded
-    n: int
+    mean: Bounded  # (C,)
+    var: Bounded  # (C,), biased
+    n: int  # values per channel that they were taken from; 0 for running statistics
 
 
 class Scale(NamedTuple):
-    """s = 1 / sqrt(v + eps), and ds, its relative error."""
+    """s = 1 / sqrt(v + eps), (C,)."""
 
     value: Array
-    relative: Array
+    relative: Array  # ds, its relative error
 
 
 def rounded(result: Bounded, dtype: str) -> Bounded:
@@ -122,7 +128,7 @@ def rounded(result: Bounded, dtype: str) -> Bounded:
 
 
 def of_average(results: Sequence[Bounded], dtype: str) -> Bounded:
-    """The mean of one result per rank, added up over ranks in `dtype`: rule (b), n = 1 per rank."""
+    """The mean of one result per rank, added over the ranks in `dtype`: rule (b) with n = 1."""
     value = np.mean([result.value for result in results], axis=0)
     size = np.mean([np.abs(result.value) for result in results], axis=0)
     bound = np.mean([result.bound for result in results], axis=0)
@@ -130,12 +136,17 @@ def of_average(results: Sequence[Bounded], dtype: str) -> Bounded:
 
 
 def depth(n: int, ranks: int) -> float:
-    """h of rule (b)."""
+    """h of rule (b), for n values per channel in the whole group."""
     return math.log2(max(n, 1)) + math.log2(ranks) + 4
 
 
-def of_moments(x: Array, mean: Array, var: Array, ranks: int, u: float) -> Statistics:
-    """dm and dv, for the statistics of the (C, n) matrix x."""
+def of_stats(x: Array, mean: Array, var: Array, u: float) -> Statistics:
+    """dm and dv of one rank, whose values are the matrix x (C, n)."""
+    return of_combine(x, mean, var, 1, u)
+
+
+def of_combine(x: Array, mean: Array, var: Array, ranks: int, u: float) -> Statistics:
+    """dm and dv of a group, whose values are the matrix x (C, n)."""
     n = x.shape[1]
     h = depth(n, ranks)
     dm = u * (h * np.abs(x).mean(axis=1) + np.abs(mean))
@@ -154,7 +165,7 @@ def of_scale(var: Bounded, eps: float, u: float) -> Scale:
         return Scale(1 / np.sqrt(v + eps), np.maximum(rise, fall) + 3 * u)
 
 
-def of_y(
+def of_normalize(
     y: Array, x: Array, stats: Statistics, scale: Scale, weight: Array, bias: Array, u: float
 ) -> Array:
     """The bound of y before it is rounded to its dtype."""
@@ -166,10 +177,10 @@ def of_y(
     return shift + stretch + u * (np.abs(y) + column(np.abs(bias)))
 
 
-def of_sums(
+def of_reduce_grad(
     dy: Array, x: Array, mean: Bounded, sum_dy: Array, ranks: int, u: float
 ) -> tuple[Array, Array]:
-    """dS and dX."""
+    """dS and dX, (C,), for the sums over the matrices dy and x (C, n) of `ranks` ranks."""
     h = depth(dy.shape[1], ranks)
     d = x - column(mean.value)
     d_sum_dy = u * h * np.abs(dy).sum(axis=1)
@@ -185,7 +196,7 @@ def of_grad_weight(sum_dy_xmu: Bounded, scale: Scale, u: float) -> Array:
     return largest * bound + np.abs(scale.value * value) * (scale.relative + u)
 
 
-def of_dx(
+def of_input_grad(
     dx: Array,
     dy: Array,
     x: Array,
@@ -196,7 +207,7 @@ def of_dx(
     sum_dy_xmu: Bounded,
     u: float,
 ) -> Array:
-    """The bound of dx before it is rounded to its dtype; both sums are those of the group."""
+    """The bound of dx before it is rounded to its dtype; both sums are over the group."""
     mean, dm = stats.mean
     n = stats.n
     growth = 1 + scale.relative
@@ -209,8 +220,8 @@ def of_dx(
     return column(gain) * (inner + rounding) + column(scale.relative + 3 * u) * np.abs(dx)
 
 
-def of_constant_statistics_dx(dx: Array, scale: Scale, u: float) -> Array:
-    """The bound of dx = g s dy, statistics being constants, before it is rounded to its dtype."""
+def of_input_grad_in_eval(dx: Array, scale: Scale, u: float) -> Array:
+    """The bound of dx = g s dy, whose statistics are constants, before it is rounded."""
     return column(scale.relative + 2 * u) * np.abs(dx)
 
 

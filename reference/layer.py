@@ -1,7 +1,7 @@
-"""One process group's SyncBatchNorm on lists of shards: values, gradients and running statistics.
+"""The layer of one process group, on lists of shards: values, gradients, running statistics.
 
-Shard r is what rank r of the group would be given: float64, shape (N_r, C, *S_r), with N_r and
-S_r of its own; a shard may be empty. Every result comes with its bound (syncbn.reference.bounds).
+Shard r is the input of rank r of the group: float64, shape (N_r, C, *S_r). N_r and S_r may differ
+between ranks, and a shard may be empty. Every result has a bound (syncbn.reference.bounds).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from syncbn.reference.formulas import Array
 
 @dataclass(frozen=True)
 class Gradients:
-    """What one rank gets from the backward pass: dx like its shard, (C,) for the parameters.
+    """What one rank gets from the backward pass.
 
-    The parameter gradients are the rank's own sums; data-parallel training adds them up.
+    The parameter gradients are sums over the rank's own values; data-parallel training adds them.
     """
 
-    input: Bounded
-    weight: Bounded
-    bias: Bounded
+    input: Bounded  # of the shape of its shard
+    weight: Bounded  # (C,)
+    bias: Bounded  # (C,)
 
 
 def averaged(gradients: Sequence[Gradients], dtype: str) -> list[Gradients]:
-    """What data parallelism makes of all ranks' gradients: those of the parameters are averaged.
+    """The gradients of all ranks after data parallelism averaged those of the parameters.
 
-    `dtype` names that of the parameters, in which the ranks add up.
+    dtype: name of the dtype of the parameters, in which the ranks add.
     """
     weight = bounds.of_average([one.weight for one in gradients], dtype)
     bias = bounds.of_average([one.bias for one in gradients], dtype)
@@ -41,10 +41,10 @@ def averaged(gradients: Sequence[Gradients], dtype: str) -> list[Gradients]:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Shards that were normalized with the same statistics, side by side in one matrix."""
+    """Shards that were normalized with the same statistics."""
 
     shapes: list[tuple[int, ...]]
-    x: Array
+    x: Array  # (C, n), all shards side by side
     stats: Statistics
     of_batch: bool  # whether the statistics are functions of x
 
@@ -59,11 +59,17 @@ class SyncBatchNorm:
     """The layer of one process group, with the documented arguments and their defaults.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats: as documented.
+        num_features: C.
+        eps: added to the variance.
+        momentum: of the running statistics; None is the cumulative average.
+        affine: whether the layer has weight and bias.
+        track_running_stats: whether the layer has running statistics.
         dtype: name of the dtype of parameters and running statistics.
-        weight, bias: (C,), ones and zeros by default.
-        running_mean, running_var: (C,) to start from, zeros and ones by default.
-        num_batches_tracked: to start from.
+        weight: (C,); default ones.
+        bias: (C,); default zeros.
+        running_mean: (C,) at the start; default zeros.
+        running_var: (C,) at the start; default ones.
+        num_batches_tracked: at the start.
     """
 
     def __init__(
@@ -101,10 +107,15 @@ class SyncBatchNorm:
     def forward(
         self, shards: Sequence[Array], training: bool = True, dtype: str = "float32"
     ) -> list[Bounded]:
-        """y of every shard, whose values are of the input dtype named `dtype`.
+        """y of every shard.
 
         In training, the statistics are those of all shards together, and the running statistics
         move. In eval, they are the running statistics or, if none are tracked, each shard's own.
+
+        Args:
+            shards: the input of each rank.
+            training: whether this is a training step.
+            dtype: name of the dtype of the input.
 
         Raises:
             ValueError: training on exactly one value per channel, whose variance is undefined.
@@ -127,7 +138,7 @@ class SyncBatchNorm:
         result = []
         for one in self._passes:
             taken, remaining = remaining[: len(one.shapes)], remaining[len(one.shapes) :]
-            result += self._differentiate(one, _matrix(taken))
+            result += self._gradients(one, _matrix(taken))
         return result
 
     @property
@@ -136,14 +147,15 @@ class SyncBatchNorm:
 
     def _batch_pass(self, shards: Sequence[Array], training: bool = True) -> _Pass:
         x = _matrix(shards)
-        n = x.shape[1]
-        if training and n == 1:
+        if training and x.shape[1] == 1:
             raise ValueError("the variance of 1 value per channel is undefined")
-        if n:
-            stats = bounds.of_moments(x, *formulas.moments(x), len(shards), self._u)
-        else:
+        if not x.size:
             nothing = Bounded(np.zeros(len(x)), np.zeros(len(x)))
-            stats = Statistics(nothing, nothing, n=0)
+            return _Pass(_shapes(shards), x, Statistics(nothing, nothing, n=0), of_batch=True)
+        parts = [_matrix([shard]) for shard in shards if shard.size]
+        means, variances = zip(*map(formulas.stats, parts), strict=True)
+        mean, var, _ = formulas.combine(means, variances, [part.shape[1] for part in parts])
+        stats = bounds.of_combine(x, mean, var, len(shards), self._u)
         return _Pass(_shapes(shards), x, stats, of_batch=True)
 
     def _update_running(self, stats: Statistics) -> None:
@@ -163,15 +175,17 @@ class SyncBatchNorm:
         mean, var = one.stats.mean.value, one.stats.var.value
         scale = bounds.of_scale(one.stats.var, self.eps, self._u)
         y = formulas.normalize(one.x, mean, var, self.eps, self.weight, self.bias)
-        bound = bounds.of_y(y, one.x, one.stats, scale, self.weight, self.bias, self._u)
+        bound = bounds.of_normalize(y, one.x, one.stats, scale, self.weight, self.bias, self._u)
         return _split(bounds.rounded(Bounded(y, bound), self._input_dtype), one)
 
-    def _differentiate(self, one: _Pass, dy: Array) -> list[Gradients]:
+    def _gradients(self, one: _Pass, dy: Array) -> list[Gradients]:
         scale = bounds.of_scale(one.stats.var, self.eps, self._u)
-        inputs = _split(bounds.rounded(self._dx(one, dy, scale), self._input_dtype), one)
+        inputs = _split(bounds.rounded(self._input_grad(one, dy, scale), self._input_dtype), one)
         result = []
         for part, dx in zip(one.slices, inputs, strict=True):
-            sum_dy, sum_dy_xmu = self._sums(dy[:, part], one.x[:, part], one.stats.mean, ranks=1)
+            sum_dy, sum_dy_xmu = self._reduce_grad(
+                dy[:, part], one.x[:, part], one.stats.mean, ranks=1
+            )
             grad_weight = Bounded(
                 scale.value * sum_dy_xmu.value,
                 bounds.of_grad_weight(sum_dy_xmu, scale, self._u),
@@ -185,22 +199,24 @@ class SyncBatchNorm:
             )
         return result
 
-    def _dx(self, one: _Pass, dy: Array, scale: bounds.Scale) -> Bounded:
+    def _input_grad(self, one: _Pass, dy: Array, scale: bounds.Scale) -> Bounded:
         mean, var, n = one.stats.mean.value, one.stats.var.value, max(one.stats.n, 1)
         if not one.of_batch:
-            dx = formulas.constant_statistics_gradient(dy, var, self.eps, self.weight)
-            return Bounded(dx, bounds.of_constant_statistics_dx(dx, scale, self._u))
-        sums = self._sums(dy, one.x, one.stats.mean, ranks=len(one.shapes))
+            dx = formulas.input_grad_in_eval(dy, var, self.eps, self.weight)
+            return Bounded(dx, bounds.of_input_grad_in_eval(dx, scale, self._u))
+        sums = self._reduce_grad(dy, one.x, one.stats.mean, ranks=len(one.shapes))
         stats = Statistics(one.stats.mean, one.stats.var, n)
-        dx = formulas.input_gradient(
+        dx = formulas.input_grad(
             dy, one.x, mean, var, self.eps, self.weight, sums[0].value, sums[1].value, n
         )
-        bound = bounds.of_dx(dx, dy, one.x, stats, scale, self.weight, *sums, self._u)
+        bound = bounds.of_input_grad(dx, dy, one.x, stats, scale, self.weight, *sums, self._u)
         return Bounded(dx, bound)
 
-    def _sums(self, dy: Array, x: Array, mean: Bounded, ranks: int) -> tuple[Bounded, Bounded]:
-        sum_dy, sum_dy_xmu = formulas.sums(dy, x, mean.value)
-        d_sum_dy, d_sum_dy_xmu = bounds.of_sums(dy, x, mean, sum_dy, ranks, self._u)
+    def _reduce_grad(
+        self, dy: Array, x: Array, mean: Bounded, ranks: int
+    ) -> tuple[Bounded, Bounded]:
+        sum_dy, sum_dy_xmu = formulas.reduce_grad(dy, x, mean.value)
+        d_sum_dy, d_sum_dy_xmu = bounds.of_reduce_grad(dy, x, mean, sum_dy, ranks, self._u)
         return Bounded(sum_dy, d_sum_dy), Bounded(sum_dy_xmu, d_sum_dy_xmu)
 
 
@@ -217,7 +233,7 @@ def _matrix(shards: Sequence[Array]) -> Array:
 
 
 def _split(result: Bounded, one: _Pass) -> list[Bounded]:
-    """The inverse of _matrix, for a value and its bound."""
+    """A value and its bound (C, n) as shards: the inverse of `_matrix`."""
 
     def shard(matrix: Array, part: slice, shape: tuple[int, ...]) -> Array:
         n, channels, *spatial = shape

@@ -144,6 +144,7 @@ _DERIVATIVES = (
     "reference/test_reference.py::test_gradients_are_the_derivatives_of_the_forward_formula"
 )
 _EXACT = "reference/test_reference.py::test_values_are_those_of_exact_arithmetic"
+_MERGED = "reference/test_reference.py::test_combine_merges_parts_and_ignores_empty_ones"
 _MOMENTUM = "reference/test_reference.py::test_running_statistics_move_by_the_momentum"
 _GROUP = "conformance/test_expected.py::test_statistics_are_those_of_the_group"
 _FORWARDS = "conformance/test_expected.py::test_every_forward_moves_the_statistics"
@@ -236,9 +237,14 @@ REFERENCE = {
         f"{_FORMULAS}:unbiased", becomes(lambda var, n: var), (_EXACT, _MOMENTUM, _GROUP)
     ),
     "y takes the unbiased variance": Sabotage(
-        f"{_FORMULAS}:moments",
-        lambda moments: lambda x: (moments(x)[0], x.var(axis=1) * x.shape[1] / (x.shape[1] - 1)),
+        f"{_FORMULAS}:stats",
+        lambda stats: lambda x: (stats(x)[0], x.var(axis=1) * x.shape[1] / (x.shape[1] - 1)),
         (_EXACT, _GROUP),
+    ),
+    "shards have equal weights": Sabotage(
+        f"{_FORMULAS}:combine",
+        given(lambda means, variances, counts: (means, variances, [1] * len(counts))),
+        (_GROUP, _MERGED),
     ),
     "statistics are those of each shard": Sabotage(f"{_LAYER}.forward", of_each_shard, (_GROUP,)),
     "eps is added to the root": Sabotage(
@@ -252,17 +258,17 @@ REFERENCE = {
         (_EXACT, _DERIVATIVES),
     ),
     "grad_input lacks the term of the mean": Sabotage(
-        f"{_FORMULAS}:input_gradient",
+        f"{_FORMULAS}:input_grad",
         given(lambda *args: (*args[:6], 0 * args[6], *args[7:])),
         (_EXACT, _DERIVATIVES),
     ),
     "grad_input lacks the term of the variance": Sabotage(
-        f"{_FORMULAS}:input_gradient",
+        f"{_FORMULAS}:input_grad",
         given(lambda *args: (*args[:7], 0 * args[7], *args[8:])),
         (_EXACT, _DERIVATIVES),
     ),
     "grad_input in eval lacks the weight": Sabotage(
-        f"{_FORMULAS}:constant_statistics_gradient",
+        f"{_FORMULAS}:input_grad_in_eval",
         given(lambda dy, var, eps, weight: (dy, var, eps, np.ones_like(weight))),
         (_DERIVATIVES,),
     ),
@@ -275,13 +281,13 @@ REFERENCE = {
 BOUNDS = {
     f"1000 {name}": Sabotage(f"{_BOUNDS}:{name}", then(times_1000), noticed_by)
     for name, noticed_by in {
-        "of_moments": (_TRAINING,),
+        "of_combine": (_TRAINING,),
         "of_scale": (_TRAINING, _EVAL),
-        "of_y": (_TRAINING, _EVAL),
-        "of_sums": (_TRAINING, _EVAL),
+        "of_normalize": (_TRAINING, _EVAL),
+        "of_reduce_grad": (_TRAINING, _EVAL),
         "of_grad_weight": (_TRAINING, _EVAL),
-        "of_dx": (_TRAINING,),
-        "of_constant_statistics_dx": (_EVAL,),
+        "of_input_grad": (_TRAINING,),
+        "of_input_grad_in_eval": (_EVAL,),
         "of_running": (_TRAINING,),
         "of_average": (_AVERAGE,),
         "rounded": (_TRAINING, _EVAL),

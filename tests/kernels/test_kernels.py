@@ -291,7 +291,7 @@ class TestTwin:
         with np.errstate(all="ignore"):  # where x is poisoned
             matrix = numpy_of(x.movedim(1, 0).flatten(1))
             u = reference.Precision(dtype_name(x.dtype)).u
-            var = bounds.of_moments(matrix, *formulas.moments(matrix), 1, u).var
+            var = bounds.of_stats(matrix, *formulas.stats(matrix), u).var
             assume(not (var.bound >= var.value + eps).any())  # or nothing can be said of the step
             assert_step(layer, x, dy)
 
@@ -347,8 +347,8 @@ class TestTwin:
         channels = 1100
         parts = [5 + randn(channels, size, dtype=torch.float64, seed=size) for size in (1, 40, 300)]
         whole = numpy_of(torch.cat(parts, dim=1))
-        expected = bounds.of_moments(whole, *formulas.moments(whole), 3, 2.0**-24)
-        moments = [formulas.moments(numpy_of(part)) for part in parts]
+        expected = bounds.of_combine(whole, *formulas.stats(whole), 3, 2.0**-24)
+        moments = [formulas.stats(numpy_of(part)) for part in parts]
         nothing = np.full(channels, np.nan)
         moments = [(nothing, nothing), moments[0], (nothing, nothing + np.inf), *moments[1:]]
         means, variances = (torch.from_numpy(np.stack(m)) for m in zip(*moments, strict=True))

@@ -73,7 +73,7 @@ class Loss:
     def _statistics(self, shard: Array, shards: list[Array]) -> tuple[Array, Array]:
         if self.mode == "eval with running statistics" or not shard.size:
             return self.running
-        return formulas.moments(matrix(shards if self.mode == "training" else [shard]))
+        return formulas.stats(matrix(shards if self.mode == "training" else [shard]))
 
 
 def assert_gradient(actual: Bounded, function: Callable[[Any], Any], at: Array) -> None:
@@ -241,6 +241,18 @@ def test_values_are_those_of_exact_arithmetic(name: str, weight: float) -> None:
 
 
 # Partition invariance
+
+
+def test_combine_merges_parts_and_ignores_empty_ones() -> None:
+    rng = np.random.default_rng(4)
+    parts = [rng.standard_normal((C, n)) * n + n for n in (1, 7, 30)]
+    whole = np.concatenate(parts, axis=1)
+    means, variances = zip(*map(formulas.stats, parts), strict=True)
+    undefined = np.full(C, np.nan)
+    mean, var, n = formulas.combine([*means, undefined], [*variances, undefined], [1, 7, 30, 0])
+    np.testing.assert_allclose(mean, whole.mean(axis=1), rtol=1e-14)
+    np.testing.assert_allclose(var, whole.var(axis=1), rtol=1e-14)
+    assert n == 38
 
 
 @dataclass(frozen=True)

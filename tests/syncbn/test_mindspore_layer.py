@@ -636,9 +636,9 @@ class TestBackend:
         bias = Tensor(np.linspace(3, -1, channels), ms.float32)
         u = reference.Precision(dtype_name(dtype)).u
         matrix, dy_matrix = (numpy_of(t).transpose(1, 0, 2).reshape(channels, -1) for t in (x, dy))
-        exact = bounds.of_moments(matrix, *formulas.moments(matrix), 1, u)
-        exact_sums = formulas.sums(dy_matrix, matrix, exact.mean.value)
-        sum_bounds = bounds.of_sums(dy_matrix, matrix, exact.mean, exact_sums[0], 1, u)
+        exact = bounds.of_stats(matrix, *formulas.stats(matrix), u)
+        exact_sums = formulas.reduce_grad(dy_matrix, matrix, exact.mean.value)
+        sum_bounds = bounds.of_reduce_grad(dy_matrix, matrix, exact.mean, exact_sums[0], 1, u)
         expected_layer = reference.SyncBatchNorm(
             channels, track_running_stats=False, weight=numpy_of(weight), bias=numpy_of(bias)
         )
@@ -666,10 +666,10 @@ class TestBackend:
     def test_combine(self) -> None:
         parts = [5 + numpy_of(randn(3, size, dtype=ms.float64, seed=size)) for size in (1, 40, 300)]
         whole = np.concatenate(parts, axis=1)
-        expected = bounds.of_moments(
-            whole, *formulas.moments(whole), 3, reference.Precision("float64").u
+        expected = bounds.of_combine(
+            whole, *formulas.stats(whole), 3, reference.Precision("float64").u
         )
-        moments = [formulas.moments(part) for part in parts]
+        moments = [formulas.stats(part) for part in parts]
         moments.insert(1, (np.full(3, 7.0), np.full(3, 9.0)))  # an empty part may say what it likes
         means, variances = (Tensor(np.stack(m)) for m in zip(*moments, strict=True))
         counts = Tensor([1.0, 0.0, 40.0, 300.0], ms.float64)

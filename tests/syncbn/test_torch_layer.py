@@ -306,8 +306,8 @@ class TestComposed:
         parts = [5 + randn(3, size, dtype=torch.float64, seed=size) for size in (1, 40, 300)]
         whole = numpy_of(torch.cat(parts, dim=1))
         precision = reference.Precision("float64")
-        expected = bounds.of_moments(whole, *formulas.moments(whole), len(parts), precision.u)
-        moments = [formulas.moments(numpy_of(part)) for part in parts]
+        expected = bounds.of_combine(whole, *formulas.stats(whole), len(parts), precision.u)
+        moments = [formulas.stats(numpy_of(part)) for part in parts]
         # An empty part may say what it likes.
         moments.insert(1, (np.full(3, 7.0), np.full(3, 9.0)))
         means, variances = (torch.from_numpy(np.stack(m)) for m in zip(*moments, strict=True))
@@ -334,9 +334,9 @@ class TestComposed:
         weight, bias = torch.linspace(-2, 2, channels), torch.linspace(3, -1, channels)
         u = reference.Precision(dtype_name(dtype)).u
         matrix, dy_matrix = (numpy_of(t.transpose(0, 1).flatten(1)) for t in (x, dy))
-        exact = bounds.of_moments(matrix, *formulas.moments(matrix), 1, u)
-        exact_sums = formulas.sums(dy_matrix, matrix, exact.mean.value)
-        sum_bounds = bounds.of_sums(dy_matrix, matrix, exact.mean, exact_sums[0], 1, u)
+        exact = bounds.of_stats(matrix, *formulas.stats(matrix), u)
+        exact_sums = formulas.reduce_grad(dy_matrix, matrix, exact.mean.value)
+        sum_bounds = bounds.of_reduce_grad(dy_matrix, matrix, exact.mean, exact_sums[0], 1, u)
         expected_layer = reference.SyncBatchNorm(
             channels, track_running_stats=False, weight=numpy_of(weight), bias=numpy_of(bias)
         )
