@@ -407,13 +407,13 @@ class TestLiveAttributes:
             for name, value in changes.items():
                 setattr(layer, name, value)
                 assert getattr(layer, name) == value
-            oracle, x = oracle_of(layer), randn(5, 3, seed=len(str(changes)))
+            expected_layer, x = reference_of(layer), randn(5, 3, seed=len(str(changes)))
             before = state_of(layer)
             y = forward(layer, x, mode)
-            (expected,) = oracle.forward([numpy_of(x)])
+            (expected,) = expected_layer.forward([numpy_of(x)])
             assert_within(f"y after {changes}", y, expected)
             if layer.track_running_stats:
-                assert_tracked(layer, oracle)
+                assert_tracked(layer, expected_layer)
             else:
                 assert_untouched(layer, before)
 
@@ -422,7 +422,7 @@ class TestLiveAttributes:
         layer, x = make_layer().set_train(False), randn(5, 3)
         forward(layer, x, mode)
         layer.eps = 0.5
-        (expected,) = oracle_of(layer).forward([numpy_of(x)], training=False)
+        (expected,) = reference_of(layer).forward([numpy_of(x)], training=False)
         y = forward(layer, x, mode)
         assert_within("y", y, expected)
         layer.track_running_stats = False
@@ -437,7 +437,7 @@ class TestLiveAttributes:
 
         loss(x)
         layer.eps = 0.5
-        (expected,) = oracle_of(layer).forward([numpy_of(x)])
+        (expected,) = reference_of(layer).forward([numpy_of(x)])
         got = float(loss(x).asnumpy())
         assert got == pytest.approx(np.square(expected.value).sum(), rel=1e-5)
 
@@ -447,8 +447,8 @@ class TestLiveAttributes:
         clone.eps, clone.momentum = 0.5, None
         assert (layer.eps, layer.momentum) == (1e-5, 0.1)
         x = randn(5, 3)
-        (hidden,) = oracle_of(layer).forward([numpy_of(x)])
-        (expected,) = oracle_of(clone).forward([hidden.value])
+        (hidden,) = reference_of(layer).forward([numpy_of(x)])
+        (expected,) = reference_of(clone).forward([hidden.value])
         network = nn.SequentialCell(layer, clone).set_train()
         got = forward(network, x, "graph").asnumpy()
         assert np.allclose(got, expected.value, rtol=1e-5, atol=1e-6)
