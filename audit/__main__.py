@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from audit import ladder, mutate, study
-from audit.failures import known
-from audit.failures import page as failures
+from audit import ladder, study
+from audit.failures import known, page
 from audit.mutants import run as mutants
-from audit.mutants.found import FRAMEWORKS
+from audit.mutants.results import FRAMEWORKS
+from audit.mutate import run as mutate
+from audit.mutate.changes import KINDS
 from syncbn.conformance import ConformanceError
 from syncbn.conformance.cases import PROFILES, catalogue
 
@@ -36,6 +38,39 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m audit", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(command=command)
+        return added
+
+    _mutants_options(add("mutants", _mutants, "Run the suite on layers with one planted fault."))
+    _mutate_options(add("mutate", _mutate, "Run the suite on random changes to syncbn.torch."))
+    _failures_options(add("failures", _failures, "Write which cases catch which known failure."))
+    _study_options(add("study", _study, "Calibrate the bound on sound and unsound layers."))
+    _kernels_steps(
+        commands.add_parser("kernels", help="Prove the Triton kernels without a device.")
+    )
+    return parser
+
+
+def _mutants_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("mutant", nargs="*", help="names (default all)")
+    parser.add_argument("--framework", action="append", choices=FRAMEWORKS, help="default both")
+    parser.add_argument("--seeds", type=_positive, default=3, help="default 3")
+    parser.add_argument(
+        "--declared", action="store_true", help="run only the clauses in which a mutant must die"
+    )
+    parser.add_argument("--out", type=Path, default=_OUT / "mutants.json")
+    parser.add_argument("--document", type=Path, help="a page to put the table into")
+    _case_options(parser, "certify")
+
+
 def _mutants(options: argparse.Namespace) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     return mutants.main(
@@ -47,11 +82,20 @@ def _mutants(options: argparse.Namespace) -> int:
         profile=options.profile,
         out=options.out,
         page=options.document,
-        console=Console() if sys.stdout.isatty() else Console(width=120),
+        console=_console(),
     )
 
 
+def _mutate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--count", type=_positive, default=20, help="default 20")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--kind", action="append", choices=tuple(KINDS), help="default swap")
+    parser.add_argument("--out", type=Path, default=_OUT / "mutate.json")
+    _case_options(parser, "certify")
+
+
 def _mutate(options: argparse.Namespace) -> int:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     return mutate.main(
         count=options.count,
         seed=options.seed,
@@ -59,13 +103,24 @@ def _mutate(options: argparse.Namespace) -> int:
         ranks=options.ranks,
         profile=options.profile,
         out=options.out,
+        console=_console(),
     )
 
 
+def _failures_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("docs/failure-modes.md"))
+
+
 def _failures(options: argparse.Namespace) -> int:
-    failures.write(options.out, known.load(), catalogue(4, "certify"))
+    page.write(options.out, known.load(), catalogue(4, "certify"))
     print(f"wrote {options.out}")
     return 0
+
+
+def _study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=_OUT / "study.json")
+    parser.add_argument("--document", type=Path, default=Path("docs/tolerances.md"))
+    _case_options(parser, "full")
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -75,8 +130,17 @@ def _study(options: argparse.Namespace) -> int:
         profile=options.profile,
         out=options.out,
         document=options.document,
-        console=Console() if sys.stdout.isatty() else Console(width=120),
+        console=_console(),
     )
+
+
+def _kernels_steps(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(required=True, metavar="STEP")
+    install = steps.add_parser("install", help="fetch the tools into .toolchain (2.5 GB)")
+    install.set_defaults(command=_kernels_install)
+    check = steps.add_parser("check", help="run the rungs; exit status 0 if every rung holds")
+    check.add_argument("--rungs", nargs="+", choices=ladder.RUNGS, default=list(ladder.RUNGS))
+    check.set_defaults(command=_kernels_check)
 
 
 def _kernels_install(_: argparse.Namespace) -> int:
@@ -88,55 +152,19 @@ def _kernels_check(options: argparse.Namespace) -> int:
     return 0 if ladder.check(options.rungs) else 1
 
 
+def _case_options(parser: argparse.ArgumentParser, profile: str) -> None:
+    parser.add_argument("--ranks", type=_positive, default=4, help="default 4")
+    parser.add_argument("--profile", default=profile, choices=PROFILES, help=f"default {profile}")
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m audit", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=command)
-        return sub
-
-    def add_cases(sub: argparse.ArgumentParser, profile: str) -> None:
-        sub.add_argument("--ranks", type=_positive, default=4, help="default 4")
-        sub.add_argument("--profile", default=profile, choices=PROFILES, help=f"default {profile}")
-
-    planted = add("mutants", _mutants, "Run the suite on layers with one planted fault each.")
-    planted.add_argument("mutant", nargs="*", help="names (default all)")
-    planted.add_argument("--framework", action="append", choices=FRAMEWORKS)
-    planted.add_argument("--seeds", type=_positive, default=3, help="default 3")
-    planted.add_argument(
-        "--declared", action="store_true", help="run only the clauses in which a mutant must die"
-    )
-    planted.add_argument("--out", type=Path, default=_OUT / "mutants.json")
-    planted.add_argument("--document", type=Path, help="a page to put the table into")
-    add_cases(planted, "certify")
-    changed = add("mutate", _mutate, "Run the suite on random changes to syncbn.torch.")
-    changed.add_argument("--count", type=_positive, default=20, help="default 20")
-    changed.add_argument("--seed", type=int, default=0, help="default 0")
-    changed.add_argument("--kind", action="append", choices=tuple(mutate.KINDS))
-    changed.add_argument("--out", type=Path, default=_OUT / "mutate.json")
-    add_cases(changed, "certify")
-    known = add("failures", _failures, "Write which cases would have caught which known failure.")
-    known.add_argument("--out", type=Path, default=Path("docs/failure-modes.md"))
-    calibration = add("study", _study, "Calibrate the bound on sound and unsound layers.")
-    calibration.add_argument("--out", type=Path, default=_OUT / "study.json")
-    calibration.add_argument("--document", type=Path, default=Path("docs/tolerances.md"))
-    add_cases(calibration, "full")
-    kernels = commands.add_parser("kernels", help="Prove the Triton kernels without a device.")
-    steps = kernels.add_subparsers(required=True, metavar="STEP")
-    install = steps.add_parser("install", help="fetch the tools into .toolchain (2.5 GB)")
-    install.set_defaults(command=_kernels_install)
-    check = steps.add_parser("check", help="run the rungs; exit status 0 if every rung holds")
-    check.add_argument("--rungs", nargs="+", choices=ladder.RUNGS, default=list(ladder.RUNGS))
-    check.set_defaults(command=_kernels_check)
-    return parser
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 if __name__ == "__main__":

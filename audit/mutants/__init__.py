@@ -1,11 +1,10 @@
-"""Layers with one fault each, and whether the suite finds it.
+"""Layers with one planted fault each, and whether the suite finds the fault.
 
-layer.py    a plain, right SyncBatchNorm in NumPy
-faults.py   the mutants: each replaces a step of it by a wrong one
-torch.py, mindspore.py   make layers of them that the ranks can build
-run.py      runs the suite against the mutants; a mutant that survives is a failure of the suite
-found.py, show.py   what came of them, and how that is shown
-lines.py    mutants that nobody planned: random changes to the source of syncbn.torch
+layer.py     a plain and right SyncBatchNorm in NumPy
+faults.py    the mutants: each replaces a step of it by a wrong one
+wrapper.py, torch.py, mindspore.py   make framework layers of them
+run.py       runs the suite on the mutants; a mutant that survives is a failure of the suite
+results.py, show.py   the results, and how they are shown
 """
 
 from audit.mutants.faults import MUTANTS

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from audit.mutants.layer import (
-    DIFFERENTIATE,
-    IDLE,
+    BACKWARD,
+    NOTHING,
     Alone,
     Array,
+    Communicator,
     Plain,
-    Ranks,
     Saved,
     State,
     Statistics,
@@ -28,26 +28,30 @@ from audit.mutants.layer import (
 
 
 class Fault(Plain):
-    """What mutants have in common: they know the latest forward's input, its dtype and group."""
+    """The base class of mutants: the right layer, which keeps what its latest forward was given.
+
+    dies_in: the clauses in each of which the suite must find the fault.
+    frameworks: the frameworks in which the fault can be built.
+    """
 
     dies_in: ClassVar[tuple[str, ...]] = ()
     frameworks: ClassVar[tuple[str, ...]] = ("torch", "mindspore")
 
     x: Array
     dtype: str
-    group: Ranks
+    communicator: Communicator
 
     def forward(
         self,
         x: Array,
         dtype: str,
         state: State,
-        ranks: Ranks,
+        communicator: Communicator,
         training: bool,
         differentiates: bool,
     ) -> tuple[Array, Saved]:
-        self.x, self.dtype, self.group = x, dtype, ranks
-        return super().forward(x, dtype, state, ranks, training, differentiates)
+        self.x, self.dtype, self.communicator = x, dtype, communicator
+        return super().forward(x, dtype, state, communicator, training, differentiates)
 
     @property
     def half(self) -> bool:
@@ -55,7 +59,7 @@ class Fault(Plain):
 
     @property
     def count(self) -> int:
-        """How many values per channel this rank has."""
+        """The number of values per channel on this rank."""
         return self.x.size // self.num_features
 
 
@@ -70,14 +74,13 @@ class LocalStatistics(Fault):
 
     dies_in = ("FWD-1", "STAT-3")
 
-    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
-        table = super().exchange(x, dtype, ranks, differentiates)
-        place = ranks.ranks.index(ranks.rank)
-        return table[place : place + 1]
+    def exchange(self, *step: Any) -> Array:
+        own = self.communicator.ranks.index(self.communicator.rank)
+        return super().exchange(*step)[own : own + 1]
 
 
 class EqualWeightMean(Fault):
-    """The mean is the mean of the ranks' means, whatever their counts.
+    """The mean is the mean of the ranks' means, whatever the counts of the ranks.
 
     Source: PaddlePaddle/Paddle#32464.
     """
@@ -96,77 +99,77 @@ class WeighsImages(Fault):
 
     dies_in = ("FWD-3",)
 
-    def pack(self, x: Array, intention: int) -> Array:
-        message = super().pack(x, intention)
+    def pack(self, x: Array, mark: int) -> Array:
+        message = super().pack(x, mark)
         message[-2] = len(x)
         return message
 
 
 class VarianceWithinRanks(Fault):
-    """The variance is that of the ranks on average; how far their means are apart is left out.
+    """The variance is the average over the ranks; the distances of their means are left out.
 
     Source: derived from reference/bounds.py.
     """
 
     dies_in = ("FWD-1", "STAT-2")
 
-    def merge_variances(self, weights: Array, away: Array, variances: Array) -> Array:
+    def combine_variances(self, weights: Array, deviations: Array, variances: Array) -> Array:
         return (weights * variances).sum(axis=0)
 
 
 class CountInFloat16(Fault):
-    """Counts are rounded to float16 on their way: 2049 becomes 2048, 65520 infinity.
+    """Counts are sent as float16: 2049 becomes 2048, and 65520 becomes infinity.
 
     Source: pytorch/pytorch#70901.
     """
 
     dies_in = ("NUM-3",)
 
-    def pack(self, x: Array, intention: int) -> Array:
-        message = super().pack(x, intention)
+    def pack(self, x: Array, mark: int) -> Array:
+        message = super().pack(x, mark)
         message[-2] = np.float16(message[-2])
         return message
 
 
 class EmptyRankCountsOne(Fault):
-    """A rank without data sends zeros that count as one value.
+    """A rank without data sends zeros with a count of 1.
 
     Source: derived from docs/contract.md.
     """
 
     dies_in = ("FWD-4",)
 
-    def pack(self, x: Array, intention: int) -> Array:
-        message = super().pack(x, intention)
+    def pack(self, x: Array, mark: int) -> Array:
+        message = super().pack(x, mark)
         message[-2] = max(message[-2], 1)
         return message
 
 
 class EmptyRankSendsNaN(Fault):
-    """A rank without data sends NaN, in the hope that a weight of 0 makes nothing of it.
+    """A rank without data sends NaN, which stays NaN with a weight of 0.
 
     Source: hicann/ops-math: math/reduce_std_with_mean/docs/aclnnBatchNormStats.md.
     """
 
     dies_in = ("FWD-4",)
 
-    def pack(self, x: Array, intention: int) -> Array:
-        message = super().pack(x, intention)
+    def pack(self, x: Array, mark: int) -> Array:
+        message = super().pack(x, mark)
         message[:-2] = message[:-2] if x.size else np.nan
         return message
 
 
 class GathersTwice(Fault):
-    """The counts go round in a collective of their own.
+    """The counts are sent by a collective of their own.
 
     Source: pytorch/pytorch#38246; pytorch/pytorch#36452.
     """
 
     dies_in = ("COMM-1",)
 
-    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
-        table = super().exchange(x, dtype, ranks, differentiates)
-        counts = ranks.all_gather(np.array([float(self.count)]))
+    def exchange(self, *step: Any) -> Array:
+        table = super().exchange(*step)
+        counts = self.communicator.all_gather(np.array([float(self.count)]))
         return np.concatenate([table[:, :-2], counts, table[:, -1:]], axis=1)
 
 
@@ -178,12 +181,14 @@ class IgnoresProcessGroup(Fault):
 
     dies_in = ("FWD-5",)
 
-    def forward(self, x: Array, dtype: str, state: State, ranks: Ranks, *rest: Any) -> Any:
-        return super().forward(x, dtype, state, ranks.world, *rest)
+    def forward(
+        self, x: Array, dtype: str, state: State, communicator: Communicator, *rest: Any
+    ) -> Any:
+        return super().forward(x, dtype, state, communicator.world, *rest)
 
 
 class StaleStatistics(Fault):
-    """A step normalizes with the statistics of the step before it.
+    """A step normalizes with the statistics of the previous step.
 
     Source: derived from syncbn/torch/layer.py.
     """
@@ -198,20 +203,20 @@ class StaleStatistics(Fault):
 
 
 class RankOrder(Fault):
-    """Each rank merges the statistics from its own on, so that ranks round differently.
+    """Each rank combines the parts starting with its own, so ranks round differently.
 
     Source: facebookresearch/detectron2#5398.
     """
 
     dies_in = ("STAT-3",)
 
-    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
-        table = super().exchange(x, dtype, ranks, differentiates)
-        return np.roll(table, -ranks.ranks.index(ranks.rank), axis=0)
+    def exchange(self, *step: Any) -> Array:
+        own = self.communicator.ranks.index(self.communicator.rank)
+        return np.roll(super().exchange(*step), -own, axis=0)
 
 
 class NewGroupEveryStep(Fault):
-    """Every forward makes a communicator of its own.
+    """Every training step makes a communicator of its own.
 
     Source: NVIDIA/apex#105; NVIDIA/apex#113.
     """
@@ -219,11 +224,11 @@ class NewGroupEveryStep(Fault):
     dies_in = ("COMM-1",)
     frameworks = ("torch",)
 
-    def forward(self, x: Array, dtype: str, state: State, ranks: Ranks, *rest: Any) -> Any:
+    def exchange(self, *step: Any) -> Array:
         import torch.distributed as dist
 
-        dist.new_group(list(ranks.ranks), use_local_synchronization=True)
-        return super().forward(x, dtype, state, ranks, *rest)
+        dist.new_group(list(self.communicator.ranks), use_local_synchronization=True)
+        return super().exchange(*step)
 
 
 # --- local statistics ---------------------------------------------------------------------------
@@ -237,23 +242,23 @@ class OnePassVariance(Fault):
 
     dies_in = ("NUM-1",)
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+    def stats(self, x: Array) -> tuple[Array, Array]:
         values = rows(x)
         mean = values.mean(axis=1)
         return mean, np.square(values).mean(axis=1) - np.square(mean)
 
 
 class OnePassInFloat16(Fault):
-    """The statistics of a float16 or bfloat16 input add up in float16.
+    """The statistics of a float16 or bfloat16 input are accumulated in float16.
 
     Source: derived from docs/contract.md.
     """
 
     dies_in = ("NUM-2",)
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+    def stats(self, x: Array) -> tuple[Array, Array]:
         if not self.half:
-            return super().local_statistics(x)
+            return super().stats(x)
         values = rows(x).astype(np.float16)
         mean = values.mean(axis=1, dtype=np.float16)
         var = np.square(values).mean(axis=1, dtype=np.float16) - np.square(mean)
@@ -261,7 +266,7 @@ class OnePassInFloat16(Fault):
 
 
 class RunningSum(Fault):
-    """Sums are formed one value after the other.
+    """Sums add one value after the other.
 
     Source: pytorch/pytorch: aten/src/ATen/native/cpu/batch_norm_kernel.cpp, channels_last.
     """
@@ -273,7 +278,7 @@ class RunningSum(Fault):
 
 
 class SumOfSquaresOverflows(Fault):
-    """Squares add up as they are: at a scale of 1e18 their sum overflows, the variance would not.
+    """The sum of squares is not scaled: at a scale of 1e18 it overflows, and the variance does not.
 
     Source: pytorch/pytorch#162489; pytorch/pytorch#178123.
     """
@@ -285,45 +290,45 @@ class SumOfSquaresOverflows(Fault):
 
 
 class VarianceFromInvstd(Fault):
-    """A rank keeps 1 / sqrt(var + eps), and var is rebuilt as 1 / invstd^2 - eps.
+    """A rank keeps invstd = 1 / sqrt(var + eps), and rebuilds var as 1 / invstd^2 - eps.
 
     Source: pytorch/pytorch: aten/src/ATen/native/cuda/Normalization.cuh, eps.
     """
 
     dies_in = ("NUM-1",)
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
-        mean, var = super().local_statistics(x)
+    def stats(self, x: Array) -> tuple[Array, Array]:
+        mean, var = super().stats(x)
         return mean, 1 / np.square(self.invstd(var)) - self.eps
 
 
 class ConstantShardOverflows(Fault):
-    """With eps=0.0 the invstd of a channel that is constant on a rank is 0, its variance infinite.
+    """With eps=0.0, a channel that is constant on a rank gets invstd 0 and an infinite variance.
 
     Source: pytorch/pytorch: aten/src/ATen/native/cuda/Normalization.cuh, invstd = 0.
     """
 
     dies_in = ("NUM-1",)
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
-        mean, var = super().local_statistics(x)
+    def stats(self, x: Array) -> tuple[Array, Array]:
+        mean, var = super().stats(x)
         return mean, np.where(var + self.eps == 0, np.inf, var)
 
 
 class ReshapesChannels(Fault):
-    """The channels of (N, C) and (N, C, +) are taken to come first in memory.
+    """The values of (N, C, +) are read as if the channels came first in memory.
 
     Source: fangwei123456/spikingjelly#393.
     """
 
     dies_in = ("FWD-1", "FWD-2")
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
-        return super().local_statistics(x.reshape(self.num_features, -1, 1).swapaxes(0, 1))
+    def stats(self, x: Array) -> tuple[Array, Array]:
+        return super().stats(x.reshape(self.num_features, -1, 1).swapaxes(0, 1))
 
 
 class DropsTail(Fault):
-    """In channels_last input, values beyond the last multiple of 4 of a channel are left out.
+    """In channels_last input, the values of a channel after the last multiple of 4 are left out.
 
     Source: NVIDIA/apex#1768; pytorch/pytorch#57077.
     """
@@ -331,35 +336,35 @@ class DropsTail(Fault):
     dies_in = ("FWD-7",)
     frameworks = ("torch",)  # a MindSpore tensor has no channels_last memory in NumPy
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+    def stats(self, x: Array) -> tuple[Array, Array]:
         values = rows(x)
         kept = max(4, values.shape[1] // 4 * 4) if _channels_last(x) else None
-        return super().local_statistics(values[np.newaxis, :, :kept])
+        return super().stats(values[np.newaxis, :, :kept])
 
 
 class LeaksNaN(Fault):
-    """A factor of 0 instead of a mask: what is not finite in one channel is NaN in all.
+    """A factor of 0 takes the place of a mask: a NaN or infinity in one channel makes all NaN.
 
     Source: pytorch/pytorch#78656.
     """
 
     dies_in = ("NUM-4",)
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
-        mean, var = super().local_statistics(x)
+    def stats(self, x: Array) -> tuple[Array, Array]:
+        mean, var = super().stats(x)
         return mean + 0 * x.sum(), var
 
 
 class AddsInAnyOrder(Fault):
-    """Values are added in an order that changes from call to call, as by atomic additions.
+    """Values are added in an order that changes from call to call, as with atomic additions.
 
     Source: hicann/ops-nn: norm/batch_norm_elemt/docs/aclnnBatchNormElemt.md.
     """
 
     dies_in = ("FWD-6",)
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
-        return super().local_statistics(np.random.default_rng().permutation(rows(x)[np.newaxis], 2))
+    def stats(self, x: Array) -> tuple[Array, Array]:
+        return super().stats(np.random.default_rng().permutation(rows(x)[np.newaxis], 2))
 
 
 # --- normalization ------------------------------------------------------------------------------
@@ -390,7 +395,7 @@ class EpsOutsideRoot(Fault):
 
 
 class AbsoluteWeight(Fault):
-    """The weight counts without its sign.
+    """The layer uses the absolute value of the weight.
 
     Source: mapillary/inplace_abn: modules/src/inplace_abn_cpu.cpp, abs(weight) + eps.
     """
@@ -402,7 +407,7 @@ class AbsoluteWeight(Fault):
 
 
 class ModifiesInput(Fault):
-    """The caller's tensor is centred in place.
+    """The layer subtracts the mean from the caller's tensor in place.
 
     Source: open-mmlab/mmdetection3d#1435.
     """
@@ -466,7 +471,7 @@ class BiasedRunningVar(Fault):
 
 
 class MomentumSwapped(Fault):
-    """momentum is the weight of the past.
+    """momentum is the weight of the old running value.
 
     Source: mindspore-ai/mindspore_test: mindspore/python/mindspore/nn/layer/normalization.py.
     """
@@ -503,7 +508,7 @@ class MomentumNoneIsZero(Fault):
 
 
 class ZeroDebias(Fault):
-    """The average is corrected for its start, as Adam's moments are.
+    """The running average is corrected for its start, like the moments of Adam.
 
     Source: tensorflow/tensorflow: tensorflow/python/training/moving_averages.py, zero_debias.
     """
@@ -516,7 +521,7 @@ class ZeroDebias(Fault):
 
 
 class NeverCounts(Fault):
-    """num_batches_tracked stays what it is.
+    """num_batches_tracked never changes.
 
     Source: derived from docs/contract.md.
     """
@@ -530,16 +535,16 @@ class NeverCounts(Fault):
 
 
 class CountsInEval(Fault):
-    """num_batches_tracked counts every forward.
+    """num_batches_tracked also counts forwards in eval.
 
     Source: derived from docs/contract.md.
     """
 
     dies_in = ("STAT-5", "STAT-6")
 
-    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+    def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
         state.num_batches_tracked += 1
-        return super().evaluate(x, state, ranks)
+        return super().evaluate(x, state, communicator)
 
 
 class CountsAbortedSteps(Fault):
@@ -559,21 +564,21 @@ class CountsAbortedSteps(Fault):
 
 
 class TracksInEval(Fault):
-    """The running mean moves in eval, too.
+    """The running mean also moves in eval.
 
     Source: derived from docs/contract.md.
     """
 
     dies_in = ("STAT-6",)
 
-    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+    def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
         if state.running_mean is not None and x.size:
             state.running_mean = self.moved(state.running_mean, rows(x).mean(axis=1), 0.1)
-        return super().evaluate(x, state, ranks)
+        return super().evaluate(x, state, communicator)
 
 
 class EmptyGroupDecays(Fault):
-    """A step in which the whole group is empty moves the running statistics towards 0.
+    """A step of a group without data moves the running statistics towards 0.
 
     Source: pytorch/pytorch#36530; pytorch/pytorch#74944.
     """
@@ -587,7 +592,7 @@ class EmptyGroupDecays(Fault):
 
 
 class IgnoresRecomputed(Fault):
-    """A forward on the very values of the one before it does not count.
+    """A forward on the same values as the previous one does not count.
 
     Source: pytorch/pytorch#96136.
     """
@@ -603,7 +608,7 @@ class IgnoresRecomputed(Fault):
 
 
 class RunningInInputDtype(Fault):
-    """The running statistics beside a float16 or bfloat16 input are rounded to float16.
+    """With a float16 or bfloat16 input, the running statistics are rounded to float16.
 
     Source: pytorch/pytorch#98332; pytorch/pytorch#20634.
     """
@@ -619,30 +624,30 @@ class RunningInInputDtype(Fault):
 
 
 class SkipsAllReduce(Fault):
-    """The sums of the backward are the rank's own, over the group's count.
+    """The backward divides the rank's own sums by the count of the group.
 
     Source: derived from syncbn/torch/step.py.
     """
 
     dies_in = ("GRAD-1", "COMM-1")
 
-    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+    def reduce_sums(self, sums: Array, stats: Statistics, communicator: Communicator) -> Array:
         return sums
 
 
 class LocalBackward(Fault):
-    """The backward is that of a BatchNorm on the rank's own values.
+    """The backward is that of a BatchNorm on the values of the rank.
 
     Source: derived from syncbn/torch/step.py.
     """
 
     dies_in = ("GRAD-1", "GRAD-3")
 
-    def input_gradient(
+    def input_grad(
         self, dy: Array, x: Array, stats: Statistics, weight: Array | None, sums: Array
     ) -> Array:
-        count, own = x.size // self.num_features, self.local_sums(dy, x, stats.mean)
-        return super().input_gradient(dy, x, stats._replace(n=count), weight, own)
+        count, own = x.size // self.num_features, self.reduce_grad(dy, x, stats.mean)
+        return super().input_grad(dy, x, stats._replace(n=count), weight, own)
 
 
 class EqualWeightMeanDy(Fault):
@@ -653,54 +658,54 @@ class EqualWeightMeanDy(Fault):
 
     dies_in = ("GRAD-1", "FWD-6")
 
-    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+    def reduce_sums(self, sums: Array, stats: Statistics, communicator: Communicator) -> Array:
         means = sums / max(self.count, 1)
-        return super().reduce_sums(means, stats, ranks) * (stats.n / len(ranks.ranks))
+        return super().reduce_sums(means, stats, communicator) * (stats.n / len(communicator.ranks))
 
 
 class SumForMean(Fault):
-    """The input gradient takes the sums where their means belong.
+    """The input gradient uses the sums instead of the means.
 
     Source: Ascend/pytorch@b6111aaf0.
     """
 
     dies_in = ("GRAD-1",)
 
-    def input_gradient(
+    def input_grad(
         self, dy: Array, x: Array, stats: Statistics, weight: Array | None, sums: Array
     ) -> Array:
-        return super().input_gradient(dy, x, stats._replace(n=1), weight, sums)
+        return super().input_grad(dy, x, stats._replace(n=1), weight, sums)
 
 
 class RawMoments(Fault):
-    """sum dy (x - mean) is formed as sum dy x - mean sum dy.
+    """sum dy (x - mean) is computed as sum dy x - mean sum dy.
 
     Source: hicann/ops-nn: norm/sync_batch_norm_backward_reduce; pytorch/pytorch#57796.
     """
 
     dies_in = ("NUM-1",)
 
-    def local_sums(self, dy: Array, x: Array, mean: Array) -> Array:
-        sum_dy, sum_dy_x = super().local_sums(dy, x, np.zeros_like(mean))
+    def reduce_grad(self, dy: Array, x: Array, mean: Array) -> Array:
+        sum_dy, sum_dy_x = super().reduce_grad(dy, x, np.zeros_like(mean))
         return np.stack([sum_dy, sum_dy_x - mean * sum_dy])
 
 
 class SumsInFloat16(Fault):
-    """The sums of the backward of a float16 or bfloat16 input travel in float16.
+    """With a float16 or bfloat16 input, the sums of the backward are sent as float16.
 
     Source: facebookresearch/detectron2@5ef0708e.
     """
 
     dies_in = ("NUM-2",)
 
-    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+    def reduce_sums(self, sums: Array, stats: Statistics, communicator: Communicator) -> Array:
         if self.half:
             sums = sums.astype(np.float16).astype(sums.dtype)
-        return super().reduce_sums(sums, stats, ranks)
+        return super().reduce_sums(sums, stats, communicator)
 
 
 class ReducedGradWeight(Fault):
-    """The gradient of the weight is summed over the ranks, which data parallelism will do again.
+    """The gradient of the weight is summed over the ranks; data parallelism does that again.
 
     Source: NVIDIA/apex#134.
     """
@@ -709,8 +714,8 @@ class ReducedGradWeight(Fault):
 
     def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
         dx, grad_weight, grad_bias = super().backward(saved, dy, wants_input)
-        if grad_weight is not None and saved.ranks is not None:
-            grad_weight = saved.ranks.all_reduce(grad_weight.astype(np.float64))
+        if grad_weight is not None and saved.communicator is not None:
+            grad_weight = saved.communicator.all_reduce(grad_weight.astype(np.float64))
         return dx, grad_weight, grad_bias
 
 
@@ -724,8 +729,8 @@ class ScaledGradWeight(Fault):
 
     def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
         dx, grad_weight, grad_bias = super().backward(saved, dy, wants_input)
-        if grad_weight is not None and saved.ranks is not None:
-            grad_weight = grad_weight * len(saved.ranks.ranks)
+        if grad_weight is not None and saved.communicator is not None:
+            grad_weight = grad_weight * len(saved.communicator.ranks)
         return dx, grad_weight, grad_bias
 
 
@@ -738,21 +743,21 @@ class EmptyRankSkipsBackward(Fault):
     dies_in = ("GRAD-3",)
 
     def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
-        saved = saved if saved.x.size else saved._replace(ranks=None)
+        saved = saved if saved.x.size else saved._replace(communicator=None)
         return super().backward(saved, dy, wants_input)
 
 
 class FrozenInputSkipsAllReduce(Fault):
-    """A rank whose input wants no gradient does not join the all_reduce of the backward.
+    """A rank whose input needs no gradient does not join the all_reduce of the backward.
 
     Source: pytorch/pytorch: torch/nn/modules/_functions.py, all_reduce.
     """
 
     dies_in = ("GRAD-4",)
-    frameworks = ("torch",)  # MindSpore does not tell a layer whether its input wants a gradient
+    frameworks = ("torch",)  # a MindSpore layer cannot see whether its input needs a gradient
 
     def backward(self, saved: Saved, dy: Array, wants_input: bool) -> Any:
-        saved = saved if wants_input else saved._replace(ranks=None)
+        saved = saved if wants_input else saved._replace(communicator=None)
         return super().backward(saved, dy, wants_input)
 
 
@@ -784,21 +789,23 @@ class ContiguousGradient(Fault):
 
 
 class PairsBranchesWrongly(Fault):
-    """Of two layers in parallel branches, odd ranks send the sums of one for those of the other.
+    """With two layers in parallel branches, odd ranks send the sums of the wrong layer.
 
     Source: tensorflow/tensorflow#41980.
     """
 
     dies_in = ("GRAD-1",)
-    frameworks = ("torch",)  # the suite differentiates but one of two branches of MindSpore
+    frameworks = ("torch",)  # in MindSpore the suite differentiates only one of two branches
 
     sums: Array
     latest: ClassVar[Callable[[], PairsBranchesWrongly | None]] = lambda: None
 
-    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+    def reduce_sums(self, sums: Array, stats: Statistics, communicator: Communicator) -> Array:
         other, self.sums = PairsBranchesWrongly.latest() or self, sums
         PairsBranchesWrongly.latest = weakref.ref(self)
-        return super().reduce_sums(other.sums if ranks.rank % 2 else sums, stats, ranks)
+        return super().reduce_sums(
+            other.sums if communicator.rank % 2 else sums, stats, communicator
+        )
 
 
 # --- eval ---------------------------------------------------------------------------------------
@@ -812,51 +819,52 @@ class EvalCommunicates(Fault):
 
     dies_in = ("EVAL-2",)
 
-    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
-        stats, depends_on = super().evaluate(x, state, ranks)
-        mean = ranks.all_gather(stats.mean.astype(np.float64)).mean(axis=0)
+    def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
+        stats, depends_on = super().evaluate(x, state, communicator)
+        mean = communicator.all_gather(stats.mean.astype(np.float64)).mean(axis=0)
         return stats._replace(mean=mean.astype(stats.mean.dtype)), depends_on
 
 
 class UntrackedEvalOfGroup(Fault):
-    """Without running statistics, eval takes those of the group's input.
+    """Without running statistics, eval uses the statistics of the group's input.
 
     Source: pytorch/pytorch#48988; pytorch/pytorch#56982.
     """
 
     dies_in = ("TRACK-2",)
 
-    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+    def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
         if self.track_running_stats:
-            return super().evaluate(x, state, ranks)
-        return self.merge(ranks.all_gather(self.pack(x, IDLE)), x.dtype), ranks
+            return super().evaluate(x, state, communicator)
+        table = communicator.all_gather(self.pack(x, NOTHING))
+        return self.combine_table(table, x.dtype), communicator
 
 
 class UntrackedEvalOfInitial(Fault):
-    """Without running statistics, eval takes those that a layer starts with, 0 and 1.
+    """Without running statistics, eval uses the values that a new layer has, 0 and 1.
 
     Source: pytorch/pytorch#40147.
     """
 
     dies_in = ("TRACK-2",)
 
-    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
+    def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
         if self.track_running_stats:
-            return super().evaluate(x, state, ranks)
+            return super().evaluate(x, state, communicator)
         zeros = np.zeros(self.num_features, x.dtype)
         return Statistics(zeros, zeros + 1, n=0), None
 
 
 class EvalGradientOfTraining(Fault):
-    """The backward of eval takes the running statistics for functions of the input.
+    """The backward in eval treats the running statistics as functions of the input.
 
     Source: PaddlePaddle/Paddle#70900.
     """
 
     dies_in = ("EVAL-3",)
 
-    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
-        stats, _ = super().evaluate(x, state, ranks)
+    def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
+        stats, _ = super().evaluate(x, state, communicator)
         return stats._replace(n=self.count), Alone()
 
 
@@ -879,7 +887,7 @@ class AcceptsSingleValue(Fault):
 
 
 class AcceptsAnyChannels(Fault):
-    """Input of other than num_features channels is reshaped to fit.
+    """Input with another number of channels than num_features is reshaped to fit.
 
     Source: vacancy/Synchronized-BatchNorm-PyTorch#31.
     """
@@ -895,28 +903,28 @@ class AcceptsAnyChannels(Fault):
 
 
 class RaisesAlone(Fault):
-    """A rank with a wrong input raises before the all_gather, in which the others wait for it.
+    """A rank with a wrong input raises before the all_gather, where the others wait for it.
 
     Source: mindspore-ai/mindspore_test: mindspore/python/mindspore/mint/nn/layer/_functions.py.
     """
 
     dies_in = ("ERR-9",)
 
-    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
+    def exchange(self, x: Array, dtype: str, *rest: Any) -> Array:
         self.check_input(x, dtype)
-        return super().exchange(x, dtype, ranks, differentiates)
+        return super().exchange(x, dtype, *rest)
 
 
 class HidesIdleRanks(Fault):
-    """A rank with nothing to differentiate says that it has, and the others wait for it.
+    """A rank with nothing to differentiate sends the mark BACKWARD, and the others wait for it.
 
     Source: pytorch/pytorch#44957.
     """
 
     dies_in = ("GRAD-4",)
 
-    def pack(self, x: Array, intention: int) -> Array:
-        return super().pack(x, DIFFERENTIATE)
+    def pack(self, x: Array, mark: int) -> Array:
+        return super().pack(x, BACKWARD)
 
 
 def _channels_last(x: Array) -> bool:

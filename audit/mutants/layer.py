@@ -1,12 +1,13 @@
-"""A plain, right SyncBatchNorm in NumPy: a short method for each step of the algorithm.
+"""A plain and right SyncBatchNorm in NumPy: a short method for each step of the algorithm.
 
-No framework is imported; the skins beside this module (torch.py, mindspore.py) make layers of it.
-The methods are that small because a mutant (faults.py) replaces one or two of them by wrong ones.
-As it stands it is also the suite's own baseline of a careful float32 implementation: two passes,
-pairwise sums, parts merged by Chan, and nothing on the way that overflows where no result does.
+No framework is imported. torch.py and mindspore.py wrap it into layers. The methods are short
+because a mutant (faults.py) replaces one or two of them by wrong ones. Unchanged, it is also the
+suite's baseline of a careful float32 implementation: two passes, pairwise sums, a merge of parts
+by Chan's formula, and no intermediate value that overflows where no result does.
 
-x, dy and dx are (N, C, +), whatever is per channel is (C,). They are float32, in which float16 and
-bfloat16 are given, or float64; arithmetic is that of x.
+x, dy and dx are (N, C, +); a value per channel is (C,). Both are float64 or float32; float16 and
+bfloat16 values arrive as float32. Arithmetic is in the dtype of x. The five operations are `stats`,
+`combine`, `normalize`, `reduce_grad` and `input_grad`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ Array: TypeAlias = npt.NDArray[Any]
 
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
-# The last word of a rank's message: what the rank will do after the all_gather.
-IDLE, DIFFERENTIATE, FAIL = 0, 1, 2
+# The mark of a rank's message: what the rank does after the all_gather.
+NOTHING, BACKWARD, FAIL = 0, 1, 2
 
 
-class Ranks(Protocol):
-    """The ranks of a process group, as one of them has it; what goes over the wire is float64."""
+class Communicator(Protocol):
+    """The process group as one of its ranks sees it; the ranks exchange float64."""
 
     @property
     def rank(self) -> int:
@@ -40,8 +41,8 @@ class Ranks(Protocol):
         """The global ids of all ranks of the group, in its order."""
 
     @property
-    def world(self) -> Ranks:
-        """All ranks there are."""
+    def world(self) -> Communicator:
+        """All ranks of the job."""
 
     def all_gather(self, message: Array) -> Array:
         """The (M,) messages of all ranks as (ranks, M)."""
@@ -57,7 +58,7 @@ class Alone:
     ranks = (0,)
 
     @property
-    def world(self) -> Ranks:
+    def world(self) -> Communicator:
         return self
 
     def all_gather(self, message: Array) -> Array:
@@ -87,22 +88,26 @@ class Statistics(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs. ranks: whose inputs the statistics depend on; None if they are given."""
+    """What backward needs.
+
+    communicator: of the ranks whose inputs the statistics depend on; None if they are constants.
+    """
 
     x: Array
     weight: Array | None
     stats: Statistics
-    ranks: Ranks | None
+    communicator: Communicator | None
 
 
 class Plain:
-    """The layer but for its tensors; the arguments are those of the contract, dtypes by name.
+    """The layer without its tensors. Arguments are those of the contract, with dtypes by name.
 
     Raises:
         TypeError, ValueError: an argument is wrong; see syncbn.contract.check_arguments.
     """
 
-    # For the skins: whether y and dx get the dtype of x, y its memory format, dx its memory format.
+    # Whether y and dx get the dtype of x, y its memory format, and dx its memory format.
+    # The wrappers read these.
     keeps_dtype = True
     keeps_format = True
     keeps_gradient_format = True
@@ -129,15 +134,18 @@ class Plain:
         x: Array,
         dtype: str,
         state: State,
-        ranks: Ranks,
+        communicator: Communicator,
         training: bool,
         differentiates: bool,
     ) -> tuple[Array, Saved]:
-        """y, and what backward needs; the running statistics in `state` move.
+        """y, and what backward needs. Moves the running statistics in `state`.
 
         Args:
-            dtype: name of the dtype of the input that x holds.
-            ranks: the process group.
+            x: the input.
+            dtype: name of the dtype that the input had before it became x.
+            state: parameters and running statistics.
+            communicator: of the process group.
+            training: as opposed to eval.
             differentiates: whether a backward of this rank will reach the layer.
 
         Raises:
@@ -145,12 +153,13 @@ class Plain:
                 channel (ERR-7).
             RuntimeError, PeerError: in training, another rank cannot take part (GRAD-4, ERR-9).
         """
-        depends_on: Ranks | None
+        depends_on: Communicator | None
         if training:
-            stats, depends_on = self.train(x, dtype, state, ranks, differentiates), ranks
+            stats = self.train(x, dtype, state, communicator, differentiates)
+            depends_on = communicator
         else:
             self.check_input(x, dtype)
-            stats, depends_on = self.evaluate(x, state, ranks)
+            stats, depends_on = self.evaluate(x, state, communicator)
         y = self.normalize(x, stats, state.weight, state.bias)
         return y, Saved(x, state.weight, stats, depends_on)
 
@@ -158,38 +167,47 @@ class Plain:
         self, saved: Saved, dy: Array, wants_input: bool
     ) -> tuple[Array | None, Array | None, Array | None]:
         """dx if it is wanted, and the gradients of weight and bias: the sums of this rank alone."""
-        x, weight, stats, ranks = saved
-        sums = self.local_sums(dy, x, stats.mean)
+        x, weight, stats, communicator = saved
+        sums = self.reduce_grad(dy, x, stats.mean)
         grad_weight, grad_bias = self.parameter_gradients(sums, stats)
-        if ranks is not None:
-            # Also if this rank wants no dx, or has no data: the others wait for its sums.
-            sums = self.reduce_sums(sums, stats, ranks)
+        if communicator is not None:
+            # Also if this rank wants no dx or has no data, because the others wait for its sums.
+            sums = self.reduce_sums(sums, stats, communicator)
         if not wants_input:
             dx = None
-        elif ranks is None:
-            dx = dy * wide(self.scale(stats.var, weight), x)
+        elif communicator is None:
+            dx = dy * per_channel(self.scale(stats.var, weight), x)
         else:
-            dx = self.input_gradient(dy, x, stats, weight, sums)
+            dx = self.input_grad(dy, x, stats, weight, sums)
         return dx, grad_weight, grad_bias
 
+    # Statistics of the group
+
     def train(
-        self, x: Array, dtype: str, state: State, ranks: Ranks, differentiates: bool
+        self,
+        x: Array,
+        dtype: str,
+        state: State,
+        communicator: Communicator,
+        differentiates: bool,
     ) -> Statistics:
-        """The statistics of the group, by one all_gather; moves the running ones."""
-        table = self.exchange(x, dtype, ranks, differentiates)
-        stats = self.merge(table, x.dtype)
+        """The statistics of the group, by one all_gather. Moves the running statistics."""
+        table = self.exchange(x, dtype, communicator, differentiates)
+        stats = self.combine_table(table, x.dtype)
         self.check_count(stats.n)
         if self.track_running_stats:
             self.track(state, stats)
         return stats
 
-    def evaluate(self, x: Array, state: State, ranks: Ranks) -> tuple[Statistics, Ranks | None]:
-        """The running statistics, or without them those of this rank's input."""
+    def evaluate(
+        self, x: Array, state: State, communicator: Communicator
+    ) -> tuple[Statistics, Communicator | None]:
+        """The running statistics; without them, the statistics of this rank's input."""
         if self.track_running_stats:
             assert state.running_mean is not None
             assert state.running_var is not None
             return Statistics(state.running_mean, state.running_var, n=0), None
-        return self.merge(self.pack(x, IDLE)[np.newaxis], x.dtype), Alone()
+        return self.combine_table(self.pack(x, NOTHING)[np.newaxis], x.dtype), Alone()
 
     def check_input(self, x: Array, dtype: str) -> None:
         check_shape(x.shape, self.num_features)
@@ -206,77 +224,90 @@ class Plain:
     def check_count(self, n: int) -> None:
         check_count(n)
 
-    def exchange(self, x: Array, dtype: str, ranks: Ranks, differentiates: bool) -> Array:
+    def exchange(
+        self, x: Array, dtype: str, communicator: Communicator, differentiates: bool
+    ) -> Array:
         """The messages of all ranks, none of which has failed.
 
-        A rank that fails joins the all_gather all the same, so that none waits for it.
+        A rank that fails still joins the all_gather, so that no other rank waits for it.
         """
-        problem: Exception | None = None
+        error: Exception | None = None
         message = np.zeros(2 * self.num_features + 2)
         try:
             self.check_input(x, dtype)
-            message[:] = self.pack(x, DIFFERENTIATE if differentiates else IDLE)
-        except Exception as error:
-            problem = error
+            message[:] = self.pack(x, BACKWARD if differentiates else NOTHING)
+        except Exception as caught:
+            error = caught
             message[-1] = FAIL
-        table = ranks.all_gather(message)
-        self.raise_together(table[:, -1], ranks, problem)
+        table = communicator.all_gather(message)
+        self.raise_together(table[:, -1], communicator, error)
         return table
 
-    def raise_together(self, marks: Array, ranks: Ranks, problem: Exception | None) -> None:
-        """Raise on every rank if the last words of all messages show that the step must fail."""
-        if problem:
-            raise problem
-        failed = [rank for rank, mark in zip(ranks.ranks, marks, strict=True) if mark == FAIL]
+    def raise_together(
+        self, marks: Array, communicator: Communicator, error: Exception | None
+    ) -> None:
+        """Raise on every rank if the marks of all ranks show that the step must fail."""
+        if error:
+            raise error
+        ranks = communicator.ranks
+        failed = [rank for rank, mark in zip(ranks, marks, strict=True) if mark == FAIL]
         if failed:
             names = ", ".join(f"rank {rank}" for rank in failed)
             raise PeerError(f"{names} failed: see the error raised there")
-        idle = [rank for rank, mark in zip(ranks.ranks, marks, strict=True) if mark == IDLE]
+        idle = [rank for rank, mark in zip(ranks, marks, strict=True) if mark == NOTHING]
         if idle and len(idle) < len(marks):
             raise RuntimeError(nothing_to_differentiate(idle))
 
-    def pack(self, x: Array, intention: int) -> Array:
-        """What a rank tells the others, (2C + 2,): mean, var, count, intention."""
+    def pack(self, x: Array, mark: int) -> Array:
+        """The message of a rank, (2C + 2,): mean, var, count, mark."""
         count = x.size // self.num_features
-        mean, var = self.local_statistics(x) if count else (np.zeros(self.num_features),) * 2
-        return np.concatenate([mean, var, [count, intention]], dtype=np.float64)
+        mean, var = self.stats(x) if count else (np.zeros(self.num_features),) * 2
+        return np.concatenate([mean, var, [count, mark]], dtype=np.float64)
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+    def stats(self, x: Array) -> tuple[Array, Array]:
         """Mean and biased variance of x in two passes."""
         values = rows(x)
         mean = self.sum(values) / values.shape[1]
         return mean, self.mean_square(values - mean[:, np.newaxis])
 
     def sum(self, values: Array) -> Array:
-        """Of each row, which NumPy adds up in pairs because it is contiguous."""
+        """The sum of each row. NumPy adds a contiguous row in pairs."""
         return values.sum(axis=1)
 
     def mean_square(self, values: Array) -> Array:
-        """Of each row, scaled by a power of two: the sum of squares may overflow, or underflow."""
+        """The mean square of each row.
+
+        A power of two scales the row, because the sum of squares may overflow or underflow.
+        """
         exponent = np.frexp(np.abs(values).max(axis=1))[1]
         scaled = np.ldexp(values, -exponent[:, np.newaxis])
         return np.ldexp(self.sum(np.square(scaled)) / values.shape[1], 2 * exponent)
 
-    def merge(self, table: Array, dtype: Any) -> Statistics:
-        """Statistics of all parts, the rows of `table`; a count of 0 weighs nothing.
+    def combine_table(self, table: Array, dtype: Any) -> Statistics:
+        """The statistics of all messages, the rows of `table`, in `dtype`."""
+        means = table[:, : self.num_features].astype(dtype)
+        variances = table[:, self.num_features : -2].astype(dtype)
+        return self.combine(means, variances, table[:, -2])
+
+    def combine(self, means: Array, variances: Array, counts: Array) -> Statistics:
+        """The statistics of all parts, (parts, C); a part with a count of 0 weighs nothing.
 
         Chan, Golub and LeVeque, The American Statistician 37 (1983), for many parts.
         """
-        means = table[:, : self.num_features].astype(dtype)
-        variances = table[:, self.num_features : -2].astype(dtype)
-        counts = table[:, -2]
-        weights = self.weights(counts)[:, np.newaxis].astype(dtype)
+        weights = self.weights(counts)[:, np.newaxis].astype(means.dtype)
         mean = (weights * means).sum(axis=0)
-        var = self.merge_variances(weights, means - mean, variances)
+        var = self.combine_variances(weights, means - mean, variances)
         return Statistics(mean, var, int(counts.sum()))
 
     def weights(self, counts: Array) -> Array:
         """The share of each part in the values."""
         return counts / max(counts.sum(), 1)
 
-    def merge_variances(self, weights: Array, away: Array, variances: Array) -> Array:
-        """From the variances of the parts, and how far their means are from the mean."""
-        return (weights * (variances + np.square(away))).sum(axis=0)
+    def combine_variances(self, weights: Array, deviations: Array, variances: Array) -> Array:
+        """The variance of all parts; `deviations` are their means minus the mean of all."""
+        return (weights * (variances + np.square(deviations))).sum(axis=0)
+
+    # Running statistics
 
     def track(self, state: State, stats: Statistics) -> None:
         """Move the running statistics, unless the whole group is empty."""
@@ -291,7 +322,7 @@ class Plain:
         state.running_var = self.moved(state.running_var, unbiased, factor)
 
     def factor(self, steps: int) -> float:
-        """The weight of the newest of so many batches."""
+        """The weight of the newest batch after that many steps."""
         return 1 / steps if self.momentum is None else self.momentum
 
     def unbiased(self, var: Array, n: int) -> Array:
@@ -299,6 +330,8 @@ class Plain:
 
     def moved(self, running: Array, batch: Array, factor: float) -> Array:
         return (1 - factor) * running + factor * batch
+
+    # Normalization
 
     def invstd(self, var: Array) -> Array:
         return 1 / np.sqrt(var + self.eps)
@@ -309,33 +342,38 @@ class Plain:
     def normalize(
         self, x: Array, stats: Statistics, weight: Array | None, bias: Array | None
     ) -> Array:
-        y = (x - wide(stats.mean, x)) * wide(self.scale(stats.var, weight), x)
-        return y if bias is None else y + wide(bias, x)
+        """y = (x - mean) * invstd * weight + bias."""
+        y = (x - per_channel(stats.mean, x)) * per_channel(self.scale(stats.var, weight), x)
+        return y if bias is None else y + per_channel(bias, x)
 
-    def local_sums(self, dy: Array, x: Array, mean: Array) -> Array:
-        """sum dy and sum dy (x - mean) of this rank, (2, C)."""
+    # Gradients
+
+    def reduce_grad(self, dy: Array, x: Array, mean: Array) -> Array:
+        """The sums of dy and of dy (x - mean) over the values of this rank, (2, C)."""
         dy = rows(dy)
         return np.stack([self.sum(dy), self.sum(dy * (rows(x) - mean[:, np.newaxis]))])
 
     def parameter_gradients(
         self, sums: Array, stats: Statistics
     ) -> tuple[Array | None, Array | None]:
+        """The gradients of weight and bias."""
         return (sums[1] * self.invstd(stats.var), sums[0]) if self.affine else (None, None)
 
-    def reduce_sums(self, sums: Array, stats: Statistics, ranks: Ranks) -> Array:
+    def reduce_sums(self, sums: Array, stats: Statistics, communicator: Communicator) -> Array:
         """The sums of all ranks, (2, C)."""
-        total = ranks.all_reduce(sums.astype(np.float64).ravel())
+        total = communicator.all_reduce(sums.astype(np.float64).ravel())
         return total.reshape(sums.shape).astype(sums.dtype)
 
-    def input_gradient(
+    def input_grad(
         self, dy: Array, x: Array, stats: Statistics, weight: Array | None, sums: Array
     ) -> Array:
-        """dx = weight s (dy - sum_dy / n - (x - mean) s^2 sum_dy_xmu / n)."""
+        """dx = weight invstd (dy - sum_dy / n - (x - mean) invstd^2 sum_dy_xmu / n)."""
         mean_dy, slope = sums / max(stats.n, 1)
-        for _ in range(2):  # one after the other, for s^2 may underflow
+        for _ in range(2):  # one factor at a time, because invstd^2 may underflow
             slope = slope * self.invstd(stats.var)
-        through_statistics = wide(mean_dy, x) + (x - wide(stats.mean, x)) * wide(slope, x)
-        return (dy - through_statistics) * wide(self.scale(stats.var, weight), x)
+        deviations = x - per_channel(stats.mean, x)
+        through_statistics = per_channel(mean_dy, x) + deviations * per_channel(slope, x)
+        return (dy - through_statistics) * per_channel(self.scale(stats.var, weight), x)
 
 
 def rows(x: Array) -> Array:
@@ -343,6 +381,6 @@ def rows(x: Array) -> Array:
     return np.ascontiguousarray(np.moveaxis(x, 1, 0)).reshape(x.shape[1], -1)
 
 
-def wide(v: Array, x: Array) -> Array:
-    """(C,) as (1, C, 1, ...), of the dtype of x."""
-    return v.astype(x.dtype).reshape(1, -1, *(1,) * (x.ndim - 2))
+def per_channel(values: Array, x: Array) -> Array:
+    """(C,) as (1, C, 1, ...) with the dtype and the number of dimensions of x."""
+    return values.astype(x.dtype).reshape(1, -1, *(1,) * (x.ndim - 2))

@@ -1,4 +1,4 @@
-"""Mutants as MindSpore cells on CPU, for PyNative mode: see torch.py, which this is the twin of."""
+"""Mutants as MindSpore cells on CPU, for PyNative mode; torch.py is the same for PyTorch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.api import _pynative_executor
 from mindspore.communication import get_rank
 
-from audit.mutants import CONTROL, MUTANTS, algorithm
-from audit.mutants.layer import Alone, Array, Plain, Ranks, State
+from audit.mutants import algorithm
+from audit.mutants.layer import FLOATING, Alone, Array, Communicator, Plain
+from audit.mutants.wrapper import Wrapper, mutant_layer
 from syncbn.contract import check_dtype
-from syncbn.mindspore.groups import Communicator, Group, resolve
+from syncbn.mindspore import groups
 
-_FLOATING = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
+_DTYPES = tuple(getattr(ms, name) for name in FLOATING)
 
 
 def __getattr__(name: str) -> type[SyncBatchNorm]:
-    """The layer of a mutant, by the mutant's name."""
-    if name not in MUTANTS:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return type(name, (SyncBatchNorm,), {"default": name})
+    """The layer of the mutant of that name."""
+    return mutant_layer(name, SyncBatchNorm)
 
 
-class SyncBatchNorm(nn.Cell):
-    """The documented layer. mutant: the name of the one that it is to be."""
+class SyncBatchNorm(Wrapper, nn.Cell):
+    """The documented layer.
 
-    default = CONTROL
+    mutant: the name of the mutant to build; None for the default of the class.
+    """
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class SyncBatchNorm(nn.Cell):
         mutant: str | None = None,
     ) -> None:
         super().__init__()
-        check_dtype(dtype, _FLOATING)
+        check_dtype(dtype, _DTYPES)
         dtype = dtype or ms.float32
         self.plain = algorithm(mutant or self.default)(
             num_features, eps, momentum, affine, track_running_stats, _name(dtype)
         )
-        self.ranks = _ranks(process_group)
+        self.communicator = _communicator(process_group)
 
         def vector(name: str, value: float) -> Parameter:
             values = Tensor(np.full(int(num_features), value), dtype)
@@ -72,22 +72,15 @@ class SyncBatchNorm(nn.Cell):
         differentiates = wanted and _pynative_executor.requires_grad()
         return _Function(self, differentiates)(*tensors)
 
-    def state(self) -> State:
-        """A copy of parameters and statistics, which `track` puts back."""
-        vectors = (self.weight, self.bias, self.running_mean, self.running_var)
-        arrays = [None if v is None else _array(v).copy() for v in vectors]
-        tracked = self.num_batches_tracked
-        count = 0 if tracked is None else int(tracked.asnumpy())
-        return State(count, *arrays)
+    @staticmethod
+    def to_array(tensor: Tensor) -> Array:
+        half = tensor.dtype in (ms.float16, ms.bfloat16)
+        array: Array = (tensor.astype(ms.float32) if half else tensor).asnumpy()
+        return array
 
-    def track(self, state: State) -> None:
-        for parameter, values in (
-            (self.running_mean, state.running_mean),
-            (self.running_var, state.running_var),
-            (self.num_batches_tracked, np.array(state.num_batches_tracked)),
-        ):
-            if parameter is not None:
-                parameter.set_data(Tensor(values, parameter.dtype))
+    @staticmethod
+    def assign(tensor: Parameter, values: Array) -> None:
+        tensor.set_data(Tensor(values, tensor.dtype))
 
 
 class _Function(nn.Cell):
@@ -95,27 +88,23 @@ class _Function(nn.Cell):
 
     def __init__(self, layer: SyncBatchNorm, differentiates: bool) -> None:
         super().__init__()
-        self.step = (layer, differentiates)  # in a tuple, or the layer would be a child
+        self.step = (layer, differentiates)  # in a tuple, or the layer would become a child
 
     def construct(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         layer, differentiates = self.step
-        state = layer.state()
-        try:
-            y, self.saved = layer.plain.forward(
-                _array(x), _name(x.dtype), state, layer.ranks, layer.training, differentiates
-            )
-        finally:  # a mutant may count what fails
-            layer.track(state)
+        y, self.saved = layer.run_forward(
+            layer.to_array(x), _name(x.dtype), layer.communicator, differentiates
+        )
         return _tensor(y, x, layer.plain)
 
     def bprop(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, dout: Tensor
     ) -> tuple[Tensor | None, ...]:
-        plain: Plain = self.step[0].plain
-        # MindSpore does not tell whether x wants a gradient.
-        dx, *gradients = plain.backward(self.saved, _array(dout), wants_input=True)
+        layer, _ = self.step
+        # A MindSpore cell cannot see whether x needs a gradient.
+        dx, *gradients = layer.plain.backward(self.saved, layer.to_array(dout), wants_input=True)
         return (
-            None if dx is None else _tensor(dx, x, plain),
+            None if dx is None else _tensor(dx, x, layer.plain),
             *(
                 None if parameter is None else Tensor(gradient, parameter.dtype)
                 for gradient, parameter in zip(gradients, (weight, bias), strict=True)
@@ -124,10 +113,10 @@ class _Function(nn.Cell):
 
 
 @dataclass(frozen=True)
-class _Group:
-    """A process group of several ranks; see audit.mutants.layer.Ranks."""
+class _GroupCommunicator:
+    """The communicator of a process group of several ranks."""
 
-    group: Group
+    group: groups.Group
 
     @property
     def rank(self) -> int:
@@ -138,33 +127,26 @@ class _Group:
         return self.group.ranks
 
     @property
-    def world(self) -> Ranks:
-        return _ranks(None)
+    def world(self) -> Communicator:
+        return _communicator(None)
 
     def all_gather(self, message: Array) -> Array:
-        table: Array = Communicator(self.group).all_gather(Tensor(message)).asnumpy()
+        table: Array = groups.Communicator(self.group).all_gather(Tensor(message)).asnumpy()
         return table
 
     def all_reduce(self, values: Array) -> Array:
         return self.all_gather(values).sum(axis=0)  # MindSpore reduces no float64 on CPU
 
 
-def _ranks(process_group: str | None) -> Ranks:
-    group = resolve(process_group)
-    return _Group(group) if len(group.ranks) > 1 else Alone()
+def _communicator(process_group: str | None) -> Communicator:
+    group = groups.resolve(process_group)
+    return _GroupCommunicator(group) if len(group.ranks) > 1 else Alone()
 
 
 def _name(dtype: Any) -> str:
     return str(dtype).lower()
 
 
-def _array(tensor: Tensor) -> Array:
-    """The same memory if NumPy has the dtype and sums it well; halves as float32."""
-    half = tensor.dtype in (ms.float16, ms.bfloat16)
-    array: Array = (tensor.astype(ms.float32) if half else tensor).asnumpy()
-    return array
-
-
 def _tensor(values: Array, x: Tensor, plain: Plain) -> Tensor:
-    """Values in the dtype of x."""
+    """The values in the dtype of x, unless the mutant does not keep it."""
     return Tensor(values, x.dtype if plain.keeps_dtype else ms.float32)

@@ -1,4 +1,4 @@
-"""What came of the mutants: on the terminal, as JSON, and as a table of docs/suite.md."""
+"""The results of the mutants: on the terminal, as JSON, and as a table of docs/suite.md."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from rich.text import Text
 
 from audit import markdown
 from audit.mutants import CONTROL, MUTANTS
-from audit.mutants.found import FRAMEWORKS, KILLS, MARKS, NOTHING, Row
+from audit.mutants.results import FRAMEWORKS, KILLS, MARKS, NO_CASE, Row
 from syncbn.conformance.clauses import CLAUSES
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Mutant x clause."""
-    asked = [clause for clause in CLAUSES if any(row.mark(clause) for row in rows)]
+    """A row for each mutant with its mark in each clause."""
+    clauses = [clause for clause in CLAUSES if any(row.mark(clause) for row in rows)]
     shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("mutant", vertical="bottom", no_wrap=True)
-    for clause in asked:
+    for clause in clauses:
         shown.add_column("\n".join(clause), width=1, vertical="bottom")
     for row in rows:
-        marks = (_colored(row, clause) for clause in asked)
+        marks = (_colored(row, clause) for clause in clauses)
         shown.add_row(Text(row.mutant, style="bold red" if row.wrong else ""), *marks)
     return shown
 
@@ -36,7 +36,7 @@ def _colored(row: Row, clause: str) -> Text:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """How many were killed in each framework, and every one that was not as it should be."""
+    """The number of mutants killed in each framework, and a line for each wrong result."""
     lines = []
     for framework in FRAMEWORKS:
         mine = [row for row in rows if row.framework == framework and row.mutant != CONTROL]
@@ -45,12 +45,12 @@ def summary(rows: Sequence[Row]) -> list[str]:
             lines.append(f"{framework}: {dead} of {len(mine)} mutants killed")
     for row in rows:
         for clause, seed in row.wrong:
-            found = row.found.get((clause, seed), NOTHING)
+            result = row.results.get((clause, seed), NO_CASE)
             what = "CONTROL FAILS" if row.mutant == CONTROL else "SURVIVES"
-            detail = f": {found.message}" if found.message else ""
+            detail = f": {result.message}" if result.message else ""
             lines.append(
                 f"{what} {row.framework} {row.mutant}, {clause}, seed {seed}: "
-                f"{MARKS[found.mark]}{detail}"
+                f"{MARKS[result.mark]}{detail}"
             )
     return lines
 
@@ -68,15 +68,15 @@ def document(rows: Sequence[Row], ranks: int, seeds: Sequence[int], seconds: flo
                 "fault": None if row.mutant == CONTROL else MUTANTS[row.mutant].__doc__,
                 "dies_in": list(row.dies_in),
                 "as_declared": not row.wrong,
-                "found": [
+                "results": [
                     {
                         "clause": clause,
                         "seed": seed,
-                        "result": MARKS[found.mark],
-                        "case": found.case.id if found.case else None,
-                        "message": found.message,
+                        "result": MARKS[result.mark],
+                        "case": result.case.id if result.case else None,
+                        "message": result.message,
                     }
-                    for (clause, seed), found in row.found.items()
+                    for (clause, seed), result in row.results.items()
                 ],
             }
             for row in rows
@@ -85,40 +85,47 @@ def document(rows: Sequence[Row], ranks: int, seeds: Sequence[int], seconds: flo
 
 
 def fill(rows: Sequence[Row], ranks: int, seeds: int, page: Path) -> None:
-    """Put what was asked and what came of it into the page.
+    """Put the summary and the table of the mutants into the page.
 
     Raises:
-        PageError: the page has no place for them.
+        PageError: the page has no place for one of them.
     """
-    asked = f"{ranks} ranks, {seeds} seed{'s' * (seeds > 1)}; {'; '.join(summary(rows))}."
-    markdown.fill(page, {"summary": asked, "mutants": page_table(rows)})
+    text = f"{ranks} ranks, {seeds} seed{'s' * (seeds > 1)}; {'; '.join(summary(rows))}."
+    markdown.fill(page, {"summary": text, "mutants": page_table(rows)})
 
 
 def page_table(rows: Sequence[Row]) -> str:
-    """A row for each mutant: what is wrong, where that was seen, and which clauses found it."""
+    """A row for each mutant: its fault, where that was seen, and the clauses that killed it."""
     by_name: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row.mutant != CONTROL:
             by_name.setdefault(row.mutant, {})[row.framework] = row
     frameworks = [name for name in FRAMEWORKS if any(row.framework == name for row in rows)]
-    header = ("mutant", "what is wrong", "source", *(f"killed in: {name}" for name in frameworks))
+    header = ("mutant", "fault", "source", *(f"killed in: {name}" for name in frameworks))
     return markdown.table(
         header,
         (
-            (name, *_said_of(name), *(_killed(of.get(framework)) for framework in frameworks))
-            for name, of in by_name.items()
+            (
+                name,
+                *_fault_and_source(name),
+                *(_killed(row.get(framework)) for framework in frameworks),
+            )
+            for name, row in by_name.items()
         ),
     )
 
 
-def _said_of(mutant: str) -> tuple[str, str]:
-    what, _, source = (MUTANTS[mutant].__doc__ or "").partition("Source: ")
-    return " ".join(what.split()), " ".join(source.split()).removesuffix(".")
+def _fault_and_source(mutant: str) -> tuple[str, str]:
+    fault, _, source = (MUTANTS[mutant].__doc__ or "").partition("Source: ")
+    return " ".join(fault.split()), " ".join(source.split()).removesuffix(".")
 
 
 def _killed(row: Row | None) -> str:
-    """The clauses that killed it, in bold those that must."""
+    """The clauses that killed the mutant; those that must are bold."""
     if row is None:
-        return "not made"
+        return "not built"
     killed = [clause for clause in CLAUSES if row.mark(clause) in KILLS]
-    return ", ".join(f"**{one}**" if one in row.dies_in else one for one in killed) or "SURVIVES"
+    return (
+        ", ".join(f"**{clause}**" if clause in row.dies_in else clause for clause in killed)
+        or "SURVIVES"
+    )

@@ -1,6 +1,6 @@
 """Mutants as PyTorch layers on CPU: `torch:audit.mutants.torch:EqualWeightMean` is a target.
 
-`SyncBatchNorm` is the right layer, the control; its argument `mutant` makes it another.
+`SyncBatchNorm` is the right layer, the control. Its argument `mutant` builds a mutant instead.
 """
 
 from __future__ import annotations
@@ -8,33 +8,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from audit.mutants import CONTROL, MUTANTS, algorithm
-from audit.mutants.layer import Alone, Array, Ranks, State
+from audit.mutants import algorithm
+from audit.mutants.layer import FLOATING, Alone, Array, Communicator
+from audit.mutants.wrapper import Wrapper, mutant_layer
 from syncbn.contract import check_dtype
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = tuple(getattr(torch, name) for name in FLOATING)
 
 
 def __getattr__(name: str) -> type[SyncBatchNorm]:
-    """The layer of a mutant, by the mutant's name."""
-    if name not in MUTANTS:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return type(name, (SyncBatchNorm,), {"default": name})
+    """The layer of the mutant of that name."""
+    return mutant_layer(name, SyncBatchNorm)
 
 
-class SyncBatchNorm(nn.Module):
-    """The documented layer. mutant: the name of the one that it is to be."""
+class SyncBatchNorm(Wrapper, nn.Module):
+    """The documented layer.
 
-    default = CONTROL
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
+    mutant: the name of the mutant to build; None for the default of the class.
+    """
 
     def __init__(
         self,
@@ -49,7 +44,7 @@ class SyncBatchNorm(nn.Module):
         mutant: str | None = None,
     ) -> None:
         super().__init__()
-        check_dtype(dtype, _FLOATING)
+        check_dtype(dtype, _DTYPES)
         dtype = dtype or torch.float32
         self.plain = algorithm(mutant or self.default)(
             num_features, eps, momentum, affine, track_running_stats, _name(dtype)
@@ -73,21 +68,15 @@ class SyncBatchNorm(nn.Module):
         y: Tensor = _Function.apply(*tensors, self, differentiates)
         return y
 
-    def state(self) -> State:
-        """A copy of parameters and statistics, which `track` puts back."""
-        vectors = (self.weight, self.bias, self.running_mean, self.running_var)
-        arrays = [None if v is None else _array(v).copy() for v in vectors]
-        count = 0 if self.num_batches_tracked is None else int(self.num_batches_tracked)
-        return State(count, *arrays)
+    @staticmethod
+    def to_array(tensor: Tensor) -> Array:
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        array: Array = (tensor.detach().float() if half else tensor.detach()).numpy()
+        return array
 
-    def track(self, state: State) -> None:
-        for buffer, values in (
-            (self.running_mean, state.running_mean),
-            (self.running_var, state.running_var),
-            (self.num_batches_tracked, np.array(state.num_batches_tracked)),
-        ):
-            if buffer is not None:
-                buffer.copy_(torch.from_numpy(values))
+    @staticmethod
+    def assign(tensor: Tensor, values: Array) -> None:
+        tensor.copy_(torch.from_numpy(values))
 
 
 class _Function(torch.autograd.Function):
@@ -100,14 +89,10 @@ class _Function(torch.autograd.Function):
         layer: SyncBatchNorm,
         differentiates: bool,
     ) -> Tensor:
-        state, ranks = layer.state(), _ranks(layer.process_group)
-        try:
-            y, saved = layer.plain.forward(
-                _array(x), _name(x.dtype), state, ranks, layer.training, differentiates
-            )
-        finally:  # a mutant may count what fails
-            layer.track(state)
-        # x as a tensor: asked for in backward, it lets checkpointing run the forward again.
+        y, saved = layer.run_forward(
+            layer.to_array(x), _name(x.dtype), _communicator(layer.process_group), differentiates
+        )
+        # x is saved as a tensor: when backward reads it, checkpointing runs the forward again.
         ctx.save_for_backward(x)
         ctx.layer, ctx.saved = layer, saved
         return _tensor(y, x, layer.plain.keeps_dtype, layer.plain.keeps_format)
@@ -116,8 +101,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         layer, wants = ctx.layer, ctx.needs_input_grad
-        plain, saved = layer.plain, ctx.saved._replace(x=_array(x))
-        dx, *gradients = plain.backward(saved, _array(dy), wants[0])
+        plain, saved = layer.plain, ctx.saved._replace(x=layer.to_array(x))
+        dx, *gradients = plain.backward(saved, layer.to_array(dy), wants[0])
         return (
             _tensor(dx, x, plain.keeps_dtype, plain.keeps_gradient_format) if wants[0] else None,
             *(
@@ -130,8 +115,8 @@ class _Function(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Group:
-    """A process group of several ranks; see audit.mutants.layer.Ranks."""
+class _GroupCommunicator:
+    """The communicator of a process group of several ranks."""
 
     group: dist.ProcessGroup
 
@@ -144,8 +129,8 @@ class _Group:
         return tuple(dist.get_process_group_ranks(self.group))
 
     @property
-    def world(self) -> Ranks:
-        return _ranks(None)
+    def world(self) -> Communicator:
+        return _communicator(None)
 
     def all_gather(self, message: Array) -> Array:
         table = torch.empty(len(self.ranks), message.size, dtype=torch.float64)
@@ -158,27 +143,20 @@ class _Group:
         return total.numpy()
 
 
-def _ranks(process_group: dist.ProcessGroup | None) -> Ranks:
+def _communicator(process_group: dist.ProcessGroup | None) -> Communicator:
     if not dist.is_initialized():
         return Alone()
     group = dist.group.WORLD if process_group is None else process_group
     assert group is not None
-    return _Group(group) if dist.get_world_size(group) > 1 else Alone()
+    return _GroupCommunicator(group) if dist.get_world_size(group) > 1 else Alone()
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _array(tensor: Tensor) -> Array:
-    """The same memory if NumPy has the dtype and sums it well; halves as float32."""
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    array: Array = (tensor.detach().float() if half else tensor.detach()).numpy()
-    return array
-
-
 def _tensor(values: Array, x: Tensor, keeps_dtype: bool, keeps_format: bool) -> Tensor:
-    """Values like x: in its dtype and memory format."""
+    """The values in the dtype and memory format of x, unless the mutant does not keep them."""
     memory = torch.preserve_format if keeps_format else torch.contiguous_format
     dtype = x.dtype if keeps_dtype else torch.float32
     return torch.empty_like(x, dtype=dtype, memory_format=memory).copy_(torch.from_numpy(values))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from audit.mutants.layer import Array, Plain, Ranks, Saved, State, rows
+from audit.mutants.layer import Array, Communicator, Plain, Saved, State, rows
 from audit.mutants.torch import SyncBatchNorm
 from syncbn.conformance.data import round_to
 
@@ -23,7 +23,7 @@ class Float64(Plain):
         x: Array,
         dtype: str,
         state: State,
-        ranks: Ranks,
+        communicator: Communicator,
         training: bool,
         differentiates: bool,
     ) -> tuple[Array, Saved]:
@@ -32,7 +32,7 @@ class Float64(Plain):
             values = getattr(state, name)
             setattr(state, name, None if values is None else values.astype(np.float64))
         x = x.astype(np.float64)
-        y, saved = super().forward(x, dtype, state, ranks, training, differentiates)
+        y, saved = super().forward(x, dtype, state, communicator, training, differentiates)
         return round_to(y, dtype), saved
 
     def backward(
@@ -60,7 +60,7 @@ class Welford(Plain):
     The values are scaled by a power of two, for a sum of squares may overflow, or underflow.
     """
 
-    def local_statistics(self, x: Array) -> tuple[Array, Array]:
+    def stats(self, x: Array) -> tuple[Array, Array]:
         values = rows(x)
         exponent = np.frexp(np.abs(values).max(axis=1))[1]
         mean, var = _welford(np.ldexp(values, -exponent[:, np.newaxis]))

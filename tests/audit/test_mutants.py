@@ -1,4 +1,4 @@
-"""The mutants are what they say, and `run` tells the dead from the survivors."""
+"""The mutants are as they are documented, and `run` separates the killed from the survivors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from rich.console import Console
 from audit.failures.known import SOURCE
 from audit.mutants import CONTROL, MUTANTS, algorithm, run, show
 from audit.mutants.faults import Fault
-from audit.mutants.found import FRAMEWORKS, Row
 from audit.mutants.layer import Plain
+from audit.mutants.results import FRAMEWORKS, Row
 from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case
 from syncbn.conformance.cases import catalogue
@@ -39,7 +39,7 @@ def test_there_are_many() -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values())
-def test_a_mutant_says_what_is_wrong_and_where_that_was_seen(mutant: type[Fault]) -> None:
+def test_a_docstring_has_a_fault_and_sources(mutant: type[Fault]) -> None:
     what, _, sources = (mutant.__doc__ or "").partition("Source: ")
     assert what.strip().endswith(".")
     assert sources.strip().endswith(".")
@@ -99,7 +99,7 @@ def test_a_mutant_is_killed_where_it_errs_and_survives_elsewhere(
 ) -> None:
     monkeypatch.setattr(MUTANTS["BiasedRunningVar"], "dies_in", ("STAT-1", "STAT-2"))
     names = ["BiasedRunningVar", "LocalCount"]
-    rows = run.run(framework, names, 2, [0, 1], True, "smoke", nobody)
+    rows = run_mutants(names, framework=framework, ranks=2, seeds=[0, 1], profile="smoke")
     control, biased, local = rows
     assert control.wrong == local.wrong == []
     assert biased.wrong == [("STAT-1", 0), ("STAT-1", 1)]
@@ -113,16 +113,32 @@ def test_a_mutant_is_killed_where_it_errs_and_survives_elsewhere(
     ]
 
 
-def nobody(row: Row, clause: str, seed: int) -> None:
-    pass
+def run_mutants(
+    names: Sequence[str],
+    *,
+    framework: str = "torch",
+    ranks: int = 1,
+    seeds: Sequence[int] = (0,),
+    only_declared: bool = True,
+    profile: str = "certify",
+) -> list[Row]:
+    return run.run(
+        framework,
+        names,
+        ranks=ranks,
+        seeds=seeds,
+        only_declared=only_declared,
+        profile=profile,
+        progress=lambda row, clause, seed: None,
+    )
 
 
 class FakePool:
-    """Ranks whose answer to a constructor's argument depends on the mutant, and who remember it."""
+    """Ranks whose answer depends on the mutant; `asked` lists the cases that they ran."""
 
     starts: int
     answers: dict[str, Callable[[Case], Outcome]]
-    asked: list[tuple[str, str, int]]
+    asked: list[tuple[str, str, int]]  # mutant, title and seed
 
     def __init__(self, target: Target, ranks: int) -> None:
         type(self).asked = []
@@ -158,7 +174,7 @@ def silent_at_minus_1(case: Case) -> Outcome:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> type[FakePool]:
-    """One fake rank; all mutants must die in ERR-3, which has two cases, num_features=0 and -1."""
+    """One fake rank. All mutants must die in ERR-3, which has two cases, num_features=0 and -1."""
     monkeypatch.setattr(run, "RankPool", FakePool)
     for mutant in MUTANTS.values():
         monkeypatch.setattr(mutant, "dies_in", ("ERR-3",))
@@ -179,7 +195,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> type[FakePool]:
 )
 def test_what_is_a_kill(ranks: type[FakePool], given: Outcome, mark: str, killed: bool) -> None:
     ranks.answers["LocalCount"] = lambda case: given
-    _, row = run.run("torch", ["LocalCount"], 1, [0], True, "certify", nobody)
+    _, row = run_mutants(["LocalCount"])
     assert row.mark("ERR-3") == mark
     assert row.wrong == ([] if killed else [("ERR-3", 0)])
 
@@ -192,7 +208,7 @@ def test_fresh_ranks_are_proven_before_a_hang_on_them_counts(ranks: type[FakePoo
         return right(case)
 
     ranks.answers["LocalCount"] = slow_on_fresh_ranks
-    _, row = run.run("torch", ["LocalCount"], 1, [0], True, "smoke", nobody)
+    _, row = run_mutants(["LocalCount"], profile="smoke")
     assert row.mark("ERR-3") == "."
     warm_up, *proof = [CONTROL, CONTROL, CONTROL]
     assert [name for name, *_ in ranks.asked] == [warm_up, *proof, "LocalCount"] * 2
@@ -200,34 +216,48 @@ def test_fresh_ranks_are_proven_before_a_hang_on_them_counts(ranks: type[FakePoo
 
 def test_a_kill_of_one_seed_is_not_enough(ranks: type[FakePool]) -> None:
     ranks.answers["LocalCount"] = lambda case: answer() if case.seed < 1000 else right(case)
-    _, row = run.run("torch", ["LocalCount"], 1, [0, 1, 2], True, "certify", nobody)
+    _, row = run_mutants(["LocalCount"], seeds=[0, 1, 2])
     assert row.wrong == [("ERR-3", 1), ("ERR-3", 2)]
     assert row.mark("ERR-3") == "."
 
 
 def test_the_case_that_killed_comes_first_with_the_next_seed(ranks: type[FakePool]) -> None:
     ranks.answers["LocalCount"] = silent_at_minus_1
-    run.run("torch", ["LocalCount"], 1, [0, 1], True, "certify", nobody)
+    run_mutants(["LocalCount"], seeds=[0, 1])
     mine = [(title, seed) for mutant, title, seed in ranks.asked if mutant == "LocalCount"]
     assert mine == [("num_features=0", 0), ("num_features=-1", 0), ("num_features=-1", 1000)]
 
 
-def test_a_case_that_the_control_does_not_pass_kills_nobody(ranks: type[FakePool]) -> None:
+def test_a_case_that_the_control_does_not_pass_kills_no_mutant(ranks: type[FakePool]) -> None:
     ranks.answers = {CONTROL: silent, "LocalCount": silent}
-    control, row = run.run("torch", ["LocalCount"], 1, [0], True, "certify", nobody)
+    control, row = run_mutants(["LocalCount"])
     assert row.wrong == [("ERR-3", 0)]
     assert control.wrong == [("ERR-3", 0)]
     assert "CONTROL FAILS torch Plain, ERR-3, seed 0: killed" in show.summary([control, row])[1]
 
 
-def test_without_only_declared_the_first_seed_asks_everything(ranks: type[FakePool]) -> None:
+def test_without_only_declared_the_first_seed_runs_everything(ranks: type[FakePool]) -> None:
     ranks.answers["LocalCount"] = silent
-    _, row = run.run("torch", ["LocalCount"], 1, [0, 1], False, "certify", nobody)
+    _, row = run_mutants(["LocalCount"], seeds=[0, 1], only_declared=False)
     constructed = {"ERR-1", "ERR-2", "ERR-3", "ERR-4", "ERR-8"}
-    assert constructed <= {clause for clause, seed in row.found if seed == 0}
-    assert {clause for clause, seed in row.found if seed == 1} == {"ERR-3"}
+    assert constructed <= {clause for clause, seed in row.results if seed == 0}
+    assert {clause for clause, seed in row.results if seed == 1} == {"ERR-3"}
     titles = {case.title for case in catalogue(1, "certify") if case.clause in constructed}
     assert titles <= {title for mutant, title, _ in ranks.asked if mutant == CONTROL}
+
+
+def main(**options: Any) -> int:
+    """run.main with most of its options given."""
+    defaults: dict[str, Any] = {
+        "frameworks": ["torch"],
+        "ranks": 1,
+        "seeds": 1,
+        "only_declared": True,
+        "profile": "certify",
+        "out": None,
+        "page": None,
+    }
+    return run.main(**(defaults | options))
 
 
 def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) -> None:
@@ -237,7 +267,7 @@ def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) ->
     names = ["LocalCount", "EpsClamp"]
 
     def status(*chosen: str) -> int:
-        return run.main(["torch"], chosen, 1, 2, True, "certify", out, page, console)
+        return main(names=chosen, seeds=2, out=out, page=page, console=console)
 
     with (tmp_path / "table.txt").open("w") as file:
         console = Console(file=file, width=120)
@@ -250,7 +280,7 @@ def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) ->
     assert "SURVIVES torch EpsClamp, ERR-3, seed 0: passed or unsupported" in lines
     text = page.read_text()
     assert "1 ranks, 2 seeds; torch: 1 of 2 mutants killed; SURVIVES torch EpsClamp" in text
-    assert "| mutant | what is wrong | source | killed in: torch |" in text
+    assert "| mutant | fault | source | killed in: torch |" in text
     fault = "running_var is made unbiased with the rank's own count."
     source = "pytorch/pytorch#22192; NVIDIA/apex#387"
     assert f"| LocalCount | {fault} | {source} | **ERR-3** |" in text
@@ -259,7 +289,7 @@ def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) ->
     assert [row["as_declared"] for row in document["mutants"]] == [True, True, False]
     dead = document["mutants"][1]
     assert dead["fault"].startswith("running_var is made unbiased")
-    assert [found["result"] for found in dead["found"]] == ["killed", "killed"]
+    assert [result["result"] for result in dead["results"]] == ["killed", "killed"]
 
 
 @pytest.mark.parametrize(
@@ -269,4 +299,4 @@ def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) ->
 )  # fmt: skip
 def test_unknown_names(frameworks: list[str], names: list[str], text: str) -> None:
     with pytest.raises(TargetError, match=text):
-        run.main(frameworks, names, 1, 1, True, "smoke", None, None, Console(quiet=True))
+        main(frameworks=frameworks, names=names, profile="smoke", console=Console(quiet=True))

@@ -1,4 +1,4 @@
-"""The tool that changes lines of the layer at random."""
+"""The tool that changes the layer at random."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from audit import mutate
-from audit.mutate import Fate, Kill, Mutant
+from audit.mutate import run, show
+from audit.mutate.changes import KINDS, Source
+from audit.mutate.draw import Mutant, draw
+from audit.mutate.result import Detection, Result
 from syncbn.conformance.cases import catalogue
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = list(mutate.KINDS)
 
 FUNCTION = '''\
 def f(a, b):
@@ -27,10 +28,10 @@ def f(a, b):
 
 
 def changed(kind: str) -> set[str]:
-    """What a kind of change makes of FUNCTION."""
-    source = mutate._Source(FUNCTION.encode())
+    """All versions of FUNCTION after one change of that kind."""
+    source = Source(FUNCTION.encode())
     (function,) = ast.parse(FUNCTION).body
-    return {source.after(edits).decode() for edits in mutate.KINDS[kind](function, source)}
+    return {source.apply(edits).decode() for edits in KINDS[kind](function, source)}
 
 
 def with_(*replacements: tuple[str, str]) -> str:
@@ -65,11 +66,11 @@ HEAD = FUNCTION.partition(ASSIGN)[0]
         ),
     ],
 )
-def test_every_kind_of_change(kind: str, expected: set[str]) -> None:
+def test_each_kind_of_change(kind: str, expected: set[str]) -> None:
     assert changed(kind) == expected
 
 
-def test_swapped_statements_take_their_bodies_along() -> None:
+def test_swapped_statements_take_their_blocks_along() -> None:
     assert changed("swap") == {
         HEAD + BRANCH + ASSIGN + RETURN,
         HEAD + RETURN + BRANCH + ASSIGN,
@@ -79,7 +80,7 @@ def test_swapped_statements_take_their_bodies_along() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutants_differ_from_the_layer_and_compile(kind: str) -> None:
-    for mutant in mutate.draw(5, 0, [kind]):
+    for mutant in draw(5, 0, [kind]):
         original = (ROOT / mutant.path).read_bytes()
         assert mutant.kind == kind
         assert ast.dump(ast.parse(mutant.text)) != ast.dump(ast.parse(original))
@@ -87,11 +88,11 @@ def test_mutants_differ_from_the_layer_and_compile(kind: str) -> None:
         assert any(line.startswith("-") for line in mutant.diff)
 
 
-def test_a_seed_draws_the_same_mutants_and_another_one_others() -> None:
-    ids = [mutant.id for mutant in mutate.draw(10, 0, KINDS)]
-    assert [mutant.id for mutant in mutate.draw(10, 0, KINDS)] == ids
+def test_a_seed_draws_the_same_mutants_and_another_seed_draws_others() -> None:
+    ids = [mutant.id for mutant in draw(10, 0, list(KINDS))]
+    assert [mutant.id for mutant in draw(10, 0, list(KINDS))] == ids
     assert len(set(ids)) == 10
-    assert set(ids).isdisjoint(mutant.id for mutant in mutate.draw(10, 1, KINDS))
+    assert set(ids).isdisjoint(mutant.id for mutant in draw(10, 1, list(KINDS)))
 
 
 def planted(path: str, old: str, new: str) -> Mutant:
@@ -113,22 +114,33 @@ COMPOSED = "syncbn/torch/backends/composed.py"
     ],
     ids=["the layer itself", "wrong", "raised", "load"],
 )
-def test_the_ranks_run_the_copy_and_the_suite_sees_it(
+def test_the_ranks_run_the_copy_and_the_suite_detects_the_change(
     mutant: Mutant | None, hows: list[str]
 ) -> None:
     cases = [case for case in catalogue(2, "smoke") if case.clause == "FWD-1"]
-    with mutate._copy(mutant) as target:
-        assert [kill.how for kill in mutate._kills(target, cases)] == hows
+    with run.copy_of_layer(mutant) as target:
+        assert [detection.how for detection in run.detections(target, cases)] == hows
 
 
-def test_what_is_shown_names_the_survivor() -> None:
+def test_the_ranks_run_the_copy_of_a_module_that_the_suite_imports() -> None:
+    """The ranks have imported syncbn.contract before they load the layer."""
+    mutant = planted("syncbn/contract.py", "if num_features < 1:", "if num_features < 0:")
+    cases = [case for case in catalogue(1, "certify") if case.title == "num_features=0"]
+    with run.copy_of_layer(mutant) as target:
+        assert [detection.how for detection in run.detections(target, cases)] == ["wrong"]
+
+
+def test_the_summary_shows_the_survivor() -> None:
     (case,) = (case for case in catalogue(2, "smoke") if case.clause == "FWD-1")
     survivor = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 0")
-    dead = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 1")
-    fates = [Fate(survivor, None, 1.0), Fate(dead, Kill("wrong", case, "m"), 2.0)]
+    killed = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 1")
+    results = [
+        Result(survivor, None, 1.0),
+        Result(killed, Detection("wrong", case, "m"), 2.0),
+    ]
     console = Console(record=True, width=120)
-    mutate.summarize(fates, console)
+    show.summarize(results, console)
     shown = console.export_text()
     assert f"survived: {survivor.id} {COMPOSED}:1" in shown
     assert "swap: 1 of 2 killed" in shown
-    assert json.loads(json.dumps(mutate.document(fates)))[1]["fate"] == "wrong"
+    assert json.loads(json.dumps(show.document(results)))[1]["result"] == "wrong"

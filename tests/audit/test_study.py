@@ -101,7 +101,7 @@ PLAIN = (3, 1e-5, 0.1, True, True, "float32")
 @pytest.mark.parametrize("values", [1, 127, 128, 129, 1000])
 def test_statistics_in_chains(layer: type[Chains] | type[Welford], values: int) -> None:
     x = np.random.default_rng(0).normal(5.0, 2.0, (values, 3)).astype(np.float32)
-    mean, var = layer(*PLAIN).local_statistics(x)
+    mean, var = layer(*PLAIN).stats(x)
     assert mean.dtype == var.dtype == np.float32
     np.testing.assert_allclose(mean, x.mean(axis=0, dtype=np.float64), rtol=1e-5)
     np.testing.assert_allclose(var, x.var(axis=0, dtype=np.float64), rtol=1e-5, atol=1e-12)
@@ -116,7 +116,7 @@ def test_chains_add_up_one_value_after_the_other() -> None:
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 def test_welford_neither_overflows_nor_underflows(scale: float) -> None:
     x = (np.random.default_rng(0).normal(0, scale, (300, 3))).astype(np.float32)
-    var = Welford(*PLAIN).local_statistics(x)[1]
+    var = Welford(*PLAIN).stats(x)[1]
     np.testing.assert_allclose(var, x.var(axis=0, dtype=np.float64), rtol=1e-5)
 
 
