@@ -10,12 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from audit import ladder, study
+from audit import ladder
 from audit.failures import known, page
 from audit.mutants import run as mutants
 from audit.mutants.results import FRAMEWORKS
 from audit.mutate import run as mutate
 from audit.mutate.changes import KINDS
+from audit.study import run as study
 from syncbn.conformance import ConformanceError
 from syncbn.conformance.cases import PROFILES, catalogue
 

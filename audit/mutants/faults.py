@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from audit.mutants.layer import (
-    BACKWARD,
-    NOTHING,
     Alone,
     Array,
     Communicator,
@@ -25,6 +23,7 @@ from audit.mutants.layer import (
     Statistics,
     rows,
 )
+from syncbn.protocol import BACKWARD, NOTHING
 
 
 class Fault(Plain):

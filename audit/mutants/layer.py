@@ -12,21 +12,18 @@ bfloat16 values arrive as float32. Arithmetic is in the dtype of x. The five ope
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from syncbn.contract import check_arguments, check_count, check_shape
-from syncbn.protocol import PeerError, nothing_to_differentiate
+from syncbn import protocol
+from syncbn.contract import check_arguments, check_count, check_input_dtype, check_shape
+from syncbn.protocol import BACKWARD, FAIL, NOTHING
 
 Array: TypeAlias = npt.NDArray[Any]
-
-FLOATING = ("float16", "bfloat16", "float32", "float64")
-
-# The mark of a rank's message: what the rank does after the all_gather.
-NOTHING, BACKWARD, FAIL = 0, 1, 2
 
 
 class Communicator(Protocol):
@@ -211,15 +208,7 @@ class Plain:
 
     def check_input(self, x: Array, dtype: str) -> None:
         check_shape(x.shape, self.num_features)
-        if dtype not in FLOATING:
-            raise TypeError(f"input must have a dtype of {', '.join(FLOATING)}, got {dtype}")
-        half = dtype in ("float16", "bfloat16")
-        of_parameters = dtype == self.parameter_dtype
-        if self.affine and not of_parameters and not (half and self.parameter_dtype == "float32"):
-            raise TypeError(
-                f"input must have the dtype of the parameters, {self.parameter_dtype} (float16 and "
-                f"bfloat16 also go with float32), got {dtype}"
-            )
+        check_input_dtype(dtype, self.parameter_dtype if self.affine else None)
 
     def check_count(self, n: int) -> None:
         check_count(n)
@@ -240,23 +229,20 @@ class Plain:
             error = caught
             message[-1] = FAIL
         table = communicator.all_gather(message)
-        self.raise_together(table[:, -1], communicator, error)
+        self.raise_together(table[:, -1].tolist(), communicator, error)
         return table
 
     def raise_together(
-        self, marks: Array, communicator: Communicator, error: Exception | None
+        self, marks: Sequence[float], communicator: Communicator, error: Exception | None
     ) -> None:
         """Raise on every rank if the marks of all ranks show that the step must fail."""
         if error:
             raise error
-        ranks = communicator.ranks
-        failed = [rank for rank, mark in zip(ranks, marks, strict=True) if mark == FAIL]
-        if failed:
-            names = ", ".join(f"rank {rank}" for rank in failed)
-            raise PeerError(f"{names} failed: see the error raised there")
-        idle = [rank for rank, mark in zip(ranks, marks, strict=True) if mark == NOTHING]
-        if idle and len(idle) < len(marks):
-            raise RuntimeError(nothing_to_differentiate(idle))
+        verdict = protocol.verdict(marks, communicator.ranks)
+        if verdict.failed:
+            raise protocol.peer_error(verdict.failed, ["see the error there"] * len(verdict.failed))
+        if verdict.idle:
+            raise RuntimeError(protocol.nothing_to_differentiate(verdict.idle))
 
     def pack(self, x: Array, mark: int) -> Array:
         """The message of a rank, (2C + 2,): mean, var, count, mark."""

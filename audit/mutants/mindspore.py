@@ -12,9 +12,9 @@ from mindspore.common.api import _pynative_executor
 from mindspore.communication import get_rank
 
 from audit.mutants import algorithm
-from audit.mutants.layer import FLOATING, Alone, Array, Communicator, Plain
+from audit.mutants.layer import Alone, Array, Communicator, Plain
 from audit.mutants.wrapper import Wrapper, mutant_layer
-from syncbn.contract import check_dtype
+from syncbn.contract import FLOATING, check_dtype
 from syncbn.mindspore import groups
 
 _DTYPES = tuple(getattr(ms, name) for name in FLOATING)

@@ -91,7 +91,8 @@ def fill(rows: Sequence[Row], ranks: int, seeds: int, page: Path) -> None:
         PageError: the page has no place for one of them.
     """
     text = f"{ranks} ranks, {seeds} seed{'s' * (seeds > 1)}; {'; '.join(summary(rows))}."
-    markdown.fill(page, {"summary": text, "mutants": page_table(rows)})
+    origin = f"- planted faults: {markdown.origin()}"
+    markdown.fill(page, {"origin": origin, "summary": text, "mutants": page_table(rows)})
 
 
 def page_table(rows: Sequence[Row]) -> str:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from audit.mutants import algorithm
-from audit.mutants.layer import FLOATING, Alone, Array, Communicator
+from audit.mutants.layer import Alone, Array, Communicator
 from audit.mutants.wrapper import Wrapper, mutant_layer
-from syncbn.contract import check_dtype
+from syncbn.contract import FLOATING, check_dtype
 
 _DTYPES = tuple(getattr(torch, name) for name in FLOATING)
 

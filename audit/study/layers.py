@@ -1,4 +1,4 @@
-"""The layers of the study that are no backend of ours, as one PyTorch class."""
+"""The layers of the study that are not backends of this project, as one PyTorch class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHAIN = 128  # values that are added one after the other
 
 
 class Float64(Plain):
-    """In float64, whatever the input: every result is rounded once."""
+    """Computes in float64 for every input dtype, and rounds each result once."""
 
     dtype: str
 
@@ -44,7 +44,7 @@ class Float64(Plain):
 
 
 class Chains(Plain):
-    """Sums are formed in chains of up to 128 values, which are added in pairs."""
+    """Sums chains of up to 128 values one after the other, and then the chains in pairs."""
 
     def sum(self, values: Array) -> Array:
         if values.shape[1] == 0:
@@ -55,9 +55,9 @@ class Chains(Plain):
 
 
 class Welford(Plain):
-    """Statistics are updated value by value, in chains of up to 128, which Chan's formula merges.
+    """Updates the statistics value by value in chains of up to 128, and combines them as Chan does.
 
-    The values are scaled by a power of two, for a sum of squares may overflow, or underflow.
+    A power of two scales the values, because a sum of squares may overflow or underflow.
     """
 
     def stats(self, x: Array) -> tuple[Array, Array]:
@@ -73,28 +73,28 @@ def _welford(values: Array) -> tuple[Array, Array]:
     mean = np.zeros((len(values), chains), values.dtype)
     squares = np.zeros_like(mean)
     counts = np.zeros(chains, values.dtype)
-    for start in range(0, values.shape[1], chains):
+    for start in range(0, values.shape[1], chains):  # one value of each chain
         newest = values[:, start : start + chains]
-        live = slice(newest.shape[1])
-        counts[live] += 1
-        away = newest - mean[:, live]
-        mean[:, live] += away / counts[live]
-        squares[:, live] += away * (newest - mean[:, live])
+        present = slice(newest.shape[1])
+        counts[present] += 1
+        deviation = newest - mean[:, present]
+        mean[:, present] += deviation / counts[present]
+        squares[:, present] += deviation * (newest - mean[:, present])
     weights = counts / values.shape[1]
-    whole = (mean * weights).sum(axis=1)
-    parts = squares / counts + np.square(mean - whole[:, np.newaxis])
-    return whole, (parts * weights).sum(axis=1)
+    total = (mean * weights).sum(axis=1)
+    parts = squares / counts + np.square(mean - total[:, np.newaxis])
+    return total, (parts * weights).sum(axis=1)
 
 
 SOUND = {layer.__name__: layer for layer in (Float64, Chains, Welford)}
 
 
 class Layer(SyncBatchNorm):
-    """The layer of audit.mutants; `mutant` may also be one of SOUND."""
+    """The layer of audit.mutants. Its argument `mutant` may also be one of SOUND."""
 
     def __init__(self, *arguments: Any, mutant: str | None = None, **named: Any) -> None:
         super().__init__(*arguments, mutant=None if mutant in SOUND else mutant, **named)
         if mutant in SOUND:
-            sound = SOUND[mutant].__new__(SOUND[mutant])  # like the plain layer, already made
+            sound = SOUND[mutant].__new__(SOUND[mutant])  # without __init__: Plain's has run
             vars(sound).update(vars(self.plain))
             self.plain = sound

@@ -1,16 +1,16 @@
-"""What CANN's published standards of accuracy measure, beside the ratio of this suite.
+"""The measures of CANN's published standards of accuracy, to compare with the ratio of this suite.
 
-The standards are in hicann/opbase, docs/zh/ops_precision_standard/. Their numbers differ from
-revision to revision, so each is named with its commit:
+The standards are in hicann/opbase, docs/zh/ops_precision_standard/. Their numbers differ between
+revisions, so each measure names its commit:
 
 MERE/MARE  experimental_standard.md at 3e62966: mean and largest relative error, below T and 10 T
 mixed      mixed_tolerance_standard.md at 233ee24: |error| <= T + T |golden| in 99 % of elements,
            and none beyond an absolute cap or 32 units in the last place, whichever is larger
 RMS ratio  commercial_standard.md at 3e62966: the RMS error over that of another implementation, at
-           most 2 at its level L0; its 1e-7 against a divisor of 0 is left out here, for it would
-           hide every error of results near 1e-18
+           most 2 at its level L0. The standard uses 1e-7 in place of a divisor of 0. The study does
+           not, because that would hide every error of results near 1e-18.
 
-T is 2^-13 for float32, 2^-10 for float16 and 2^-7 for bfloat16; float64 has none.
+T is 2^-13 for float32, 2^-10 for float16 and 2^-7 for bfloat16. float64 has no limit.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def errors(got: Array, golden: Array) -> Array:
     """|got - golden| where golden is finite, (k,) float64; infinite where got is not finite."""
     finite = np.isfinite(golden)
     with np.errstate(invalid="ignore"):
-        found = np.abs(got.astype(np.float64)[finite] - golden[finite])
-    return np.where(np.isnan(found), np.inf, found)
+        error = np.abs(got.astype(np.float64)[finite] - golden[finite])
+    return np.where(np.isnan(error), np.inf, error)
 
 
 def mere(error: Array, golden: Array) -> float:
@@ -50,10 +50,10 @@ def mare(error: Array, golden: Array) -> float:
 
 
 def mixed(error: Array, golden: Array, dtype: str) -> float:
-    """The elements (k,) of a result of `dtype` pass if this is at most 1.
+    """The larger of two ratios; the elements (k,) of a result of `dtype` pass if it is at most 1.
 
-    It is the larger of two shares of what is allowed: elements out of tolerance, of 1 %, and the
-    largest error, of its cap.
+    One is the share of elements out of tolerance, over 1 %. The other is the largest error, over
+    its cap.
     """
     size = np.abs(golden)
     threshold = THRESHOLDS[dtype]
@@ -64,7 +64,7 @@ def mixed(error: Array, golden: Array, dtype: str) -> float:
 
 
 def rms(error: Array) -> float:
-    """Root of the mean square of the errors (k,), also if a square overflows or underflows."""
+    """The root of the mean square of the errors (k,), correct even if a square overflows."""
     largest = float(np.max(error, initial=0.0))
     if largest == 0 or not np.isfinite(largest):
         return largest
@@ -72,7 +72,7 @@ def rms(error: Array) -> float:
 
 
 def rms_ratio(of: float, baseline: float) -> float:
-    """An RMS error as a multiple of the baseline's; 1 if neither has an error."""
+    """An RMS error divided by that of the baseline; 1 if neither has an error."""
     if baseline == 0 or not np.isfinite(baseline):
         return 1.0 if of == baseline else np.inf
     return of / baseline

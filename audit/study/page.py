@@ -1,93 +1,26 @@
-"""The tables of the study, which stand between hand-written text in docs/tolerances.md."""
+"""The tables of the study, which stand between the written text of docs/tolerances.md."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from audit import markdown
-from audit.study.collect import (
-    FAILED,
-    QUANTITIES,
-    Asked,
-    Implementation,
-    Measured,
-    Study,
-)
+from audit.study.collect import FAILED, Measurement, Study
+from audit.study.families import FAMILIES, family_of, is_of_halves
 from audit.study.measures import RMS_LIMIT
 from syncbn.reference.ratio import THRESHOLD
 
-_FEW = 1000  # values per channel
 _OF_LAYER = ("cases", "median", "worst", f"over {THRESHOLD:g}")
-_OF_CANN: dict[str, Callable[[Measured], bool]] = {
-    "MERE/MARE": lambda one: not (one.mere < 1 and one.mare < 1),  # type: ignore[operator]
-    "mixed": lambda one: one.mixed > 1,  # type: ignore[operator]
-    "RMS ratio": lambda one: one.rms > RMS_LIMIT,
+# By measure of CANN: whether it rejects a measurement.
+_REJECTS: dict[str, Callable[[Measurement], bool]] = {
+    "MERE/MARE": lambda at: not (at.mere < 1 and at.mare < 1),  # type: ignore[operator]
+    "mixed": lambda at: at.mixed > 1,  # type: ignore[operator]
+    "RMS ratio": lambda at: at.rms > RMS_LIMIT,
 }
-
-
-@dataclass(frozen=True)
-class Family:
-    """A kind of data. shows: the unsound layers whose fault it must bring out.
-
-    of_halves: whether it is of float16 or bfloat16.
-    """
-
-    name: str
-    holds: Callable[[Asked], bool]
-    shows: tuple[str, ...] = ()
-    of_halves: bool = False
-
-
-_ONE_PASS, _RAW = "one-pass variance", "raw-moment gradients"
-_IN_FLOAT16 = ("float16 statistics", "float16 gradient sums")
-
-
-def _of_halves() -> Iterable[Family]:
-    for dtype in ("float16", "bfloat16"):
-        for few in (True, False):
-
-            def holds(case: Asked, dtype: str = dtype, few: bool = few) -> bool:
-                return case.dtype == dtype and (case.values <= _FEW) == few
-
-            size = f"{'up to' if few else 'more than'} {_FEW:,} values"
-            yield Family(f"{dtype}, {size} per channel", holds, _IN_FLOAT16, of_halves=True)
-
-
-def _of_offsets() -> Iterable[Family]:
-    bounds = ((0, 0), (1, 10), (30, 30), (100, 100), (300, 300), (1e3, 1e3), (1e4, 1e4), (1e5, 1e5))
-    for low, high in bounds:
-
-        def holds(case: Asked, low: float = low, high: float = high) -> bool:
-            return low <= case.mean_over_std <= high
-
-        name = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        yield Family(f"mean/std {name}", holds, (_ONE_PASS,) if low >= 1e3 else ())
-
-
-# A case is of the first family that holds it; those that name no dtype are of float32.
-FAMILIES = (
-    Family("float64", lambda case: case.dtype == "float64", (_ONE_PASS,)),
-    *_of_halves(),
-    Family(
-        "scale 1e-18 or 1e18",
-        lambda case: not 1e-18 < case.scale < 1e18,
-        (_ONE_PASS,),
-    ),
-    Family("std 1e-8 to 1e-2, eps 1e-5", lambda case: case.scale < 1 and case.eps > 0),
-    Family(
-        "equal values on each rank, mean/std to 300",
-        lambda case: case.alike and case.mean_over_std <= 300,
-    ),
-    Family("the same, mean/std from 1e3", lambda case: case.alike, (_ONE_PASS, _RAW)),
-    Family(
-        "dy orthogonal to x, mean/std from 1e3", lambda case: case.orthogonal, (_ONE_PASS, _RAW)
-    ),
-    *_of_offsets(),
-)
 
 
 def write(study: Study, page: Path) -> None:
@@ -96,158 +29,165 @@ def write(study: Study, page: Path) -> None:
     Raises:
         PageError: the page has no place for one of them.
     """
-    made = (asked, layers, gap, families, cann)
-    markdown.fill(page, {table.__name__: table(study) for table in made})
+    tables = {table.__name__: table(study) for table in (setup, layers, gap, families, cann)}
+    origin = f"The tables of this page are {markdown.origin()}."
+    markdown.fill(page, {"origin": origin, **tables})
 
 
 def wrong(study: Study) -> list[str]:
-    """Where a sound layer failed or is over the threshold, or an unsound one is not and must be."""
-    found = []
-    for one in study.implementations:
-        for reason, count in study.unanswered.get(one.name, {}).items():
-            if one.sound and reason in FAILED:
-                found.append(f"{one.name} is sound, but in {count} cases {reason}")
-        worst = {family: measured.ratio for family, measured in _by_family(study, one).items()}
-        for family in FAMILIES:
+    """A line for each failure of a sound layer, and for each fault that does not show."""
+    lines = []
+    for layer in study.layers:
+        for reason, count in study.not_run.get(layer.name, {}).items():
+            if layer.sound and reason in FAILED:
+                lines.append(f"{layer.name} is sound, but in {count} cases {reason}")
+        worst = _worst_by_family(study, layer.name)
+        for family, must_show in FAMILIES.items():
             ratio = worst.get(family)
-            if one.sound and ratio is not None and ratio > THRESHOLD:
-                found.append(f"{one.name} is sound, but {_number(ratio)} in {family.name}")
-            if one.name in family.shows and ratio is None:
-                found.append(f"{one.name} was not asked about {family.name}")
-            if one.name in family.shows and ratio is not None and ratio <= THRESHOLD:
-                found.append(f"{one.name} is unsound, but {_number(ratio)} in {family.name}")
-    return found
+            if layer.sound and ratio is not None and ratio > THRESHOLD:
+                lines.append(f"{layer.name} is sound, but {_number(ratio)} in {family}")
+            if layer.name in must_show and ratio is None:
+                lines.append(f"{layer.name} has no case of {family}")
+            if layer.name in must_show and ratio is not None and ratio <= THRESHOLD:
+                lines.append(f"{layer.name} is unsound, but {_number(ratio)} in {family}")
+    return lines
 
 
-def asked(study: Study) -> str:
-    """What was asked of which layers, on what, as a list."""
+def setup(study: Study) -> str:
+    """The cases, the environment, and what did not run, as a list."""
     environment = dict(study.environment)
     ranks, processor, cores = (environment.pop(name) for name in ("ranks", "processor", "cores"))
     versions = ", ".join(f"{name} {version}" for name, version in environment.items())
     lines = [f"- {len(study.cases)} cases on {ranks} ranks, {processor}, {cores} cores; {versions}"]
-    for one in study.implementations:
-        for reason, count in study.unanswered.get(one.name, {}).items():
-            lines.append(f"- {one.name} could not be asked {count} of them: {reason}")
-    lines += [f"- left out: {name}, {reason}" for name, reason in study.left_out.items()]
+    for layer in study.layers:
+        for reason, count in study.not_run.get(layer.name, {}).items():
+            lines.append(f"- {layer.name} did not run {count} of them: {reason}")
+    lines += [f"- left out: {name}, because {reason}" for name, reason in study.left_out.items()]
     return "\n".join(lines)
 
 
 def layers(study: Study) -> str:
-    """A row for each layer: its cases of halves apart from the others."""
+    """A row for each layer. Cases of float16 and bfloat16 have columns of their own."""
     kinds = ("32, 64 bit", "16 bit")
-    header = ("layer", "", *(f"{kind}: {what}" for kind in kinds for what in _OF_LAYER))
+    header = ("layer", "", *(f"{kind}: {column}" for kind in kinds for column in _OF_LAYER))
     rows = []
-    for one in study.implementations:
+    for layer in study.layers:
         ratios: dict[bool, list[float]] = {False: [], True: []}
-        for id, found in study.worst_by_case(one.name, QUANTITIES).items():
-            ratios[_family(study.cases[id]).of_halves].append(found.ratio)
-        cells = [cell for of in ratios.values() for cell in _of_layer(of)]
-        rows.append((one.name, "sound" if one.sound else "unsound", *cells))
+        for id, ratio in _worst_by_case(study, layer.name).items():
+            ratios[is_of_halves(family_of(study.cases[id]))].append(ratio)
+        cells = [cell for kind in ratios.values() for cell in _of_layer(kind)]
+        rows.append((layer.name, _soundness(layer.sound), *cells))
     return markdown.table(header, rows, right=range(2, len(header)))
 
 
 def gap(study: Study) -> str:
-    """How near to the threshold sound and unsound layers come, as a list."""
-    worst = {one: _by_family(study, one) for one in study.implementations}
-    sound = [of for one, of in worst.items() if one.sound]
-    shown = [
-        (found.ratio, one.name, family.name)
-        for one, of in worst.items()
-        for family, found in of.items()
-        if one.name in family.shows
-    ]
-
-    def largest(halves: bool) -> str:
-        ratios = [r.ratio for of in sound for f, r in of.items() if f.of_halves == halves]
-        return _number(max(ratios, default=0.0))
-
-    smallest, name, data = min(shown)
+    """The largest ratio of sound layers and the smallest of unsound ones, as a list."""
+    sound: dict[bool, float] = {False: 0.0, True: 0.0}
+    shown = []
+    for layer in study.layers:
+        for family, ratio in _worst_by_family(study, layer.name).items():
+            if layer.sound:
+                halves = is_of_halves(family)
+                sound[halves] = max(sound[halves], ratio)
+            elif layer.name in FAMILIES[family]:
+                shown.append((ratio, layer.name, family))
+    smallest, name, family = min(shown)
     return "\n".join(
         (
-            f"- sound layers, float32 and float64: at most **{largest(False)}**",
-            f"- sound layers, float16 and bfloat16: at most **{largest(True)}**",
+            f"- sound layers, float32 and float64: at most **{_number(sound[False])}**",
+            f"- sound layers, float16 and bfloat16: at most **{_number(sound[True])}**",
             f"- the threshold: **{THRESHOLD:g}**",
             f"- unsound layers, where their fault must show: at least **{_number(smallest)}** "
-            f"({name}; {data})",
+            f"({name}; {family})",
         )
     )
 
 
 def families(study: Study) -> str:
     """A row for each family: the worst sound layer, and each unsound one."""
-    by_layer = {one: _by_family(study, one) for one in study.implementations}
-    unsound = [one for one in study.implementations if not one.sound]
-    header = ("data", "cases", "sound", "which", *(one.name for one in unsound))
-    sizes = dict.fromkeys(FAMILIES, 0)
-    for case in study.cases.values():
-        sizes[_family(case)] += 1
+    sizes = Counter(map(family_of, study.cases.values()))
+    worst = {layer: _worst_by_family(study, layer.name) for layer in study.layers}
+    unsound = [layer for layer in study.layers if not layer.sound]
+    header = ("data", "cases", "sound", "which", *(layer.name for layer in unsound))
     rows = []
-    for family, size in sizes.items():
-        sound = [
-            (by_layer[one][family].ratio, one.name)
-            for one in by_layer
-            if one.sound and family in by_layer[one]
-        ]
-        if not size or not sound:
+    for family, must_show in FAMILIES.items():
+        if not sizes[family]:
             continue
-        largest = max(sound)
+        sound = [
+            (ratios[family], layer.name)
+            for layer, ratios in worst.items()
+            if layer.sound and family in ratios
+        ]
+        largest, name = max(sound)
         cells = []
-        for one in unsound:
-            ratio = by_layer[one][family].ratio
+        for layer in unsound:
+            ratio = worst[layer][family]
             cell = f"**{_number(ratio)}**" if ratio > THRESHOLD else _number(ratio)
-            cells.append(f"{cell} †" if one.name in family.shows else cell)
-        rows.append((family.name, str(size), _number(largest[0]), largest[1], *cells))
+            cells.append(f"{cell} †" if layer.name in must_show else cell)
+        rows.append((family, str(sizes[family]), _number(largest), name, *cells))
     return markdown.table(header, rows, right=(1, 2, *range(4, len(header))))
 
 
 def cann(study: Study) -> str:
-    """A table for each of three quantities: how many cases each measure rejects."""
+    """A table for each of three quantities: how many cases each measure of CANN rejects."""
+    header = ("layer", "", "cases", f"ratio over {THRESHOLD:g}", *_REJECTS)
     parts = []
     for quantity in ("y", "grad_input", "running_var"):
-        header = ("layer", "", "cases", f"ratio over {THRESHOLD:g}", *_OF_CANN)
         rows = []
-        for one in study.implementations:
-            # float64 has no limits
-            found = [
-                measured
-                for measured in study.measured
-                if measured.implementation == one.name
-                and measured.quantity == quantity
-                and measured.mare is not None
+        for layer in study.layers:
+            limited = [
+                at
+                for at in study.measurements
+                if (at.layer, at.quantity) == (layer.name, quantity) and at.mare is not None
             ]
-            bad = [measured for measured in found if measured.ratio > THRESHOLD]
-            cells = []
-            for rejects in _OF_CANN.values():
-                missed = sum(not rejects(measured) for measured in bad)
-                count = str(sum(map(rejects, found)))
-                cells.append(f"{count} (misses {missed})" if missed else count)
-            kind = "sound" if one.sound else "unsound"
-            rows.append((one.name, kind, str(len(found)), str(len(bad)), *cells))
-        table = markdown.table(header, rows, right=range(2, 4 + len(_OF_CANN)))
+            bad = [at for at in limited if at.ratio > THRESHOLD]
+            cells = [_rejected(rejects, limited, bad) for rejects in _REJECTS.values()]
+            counts = (str(len(limited)), str(len(bad)))
+            rows.append((layer.name, _soundness(layer.sound), *counts, *cells))
+        table = markdown.table(header, rows, right=range(2, len(header)))
         parts.append(f"`{quantity}`:\n\n{table}")
     return "\n\n".join(parts)
 
 
+def _rejected(
+    rejects: Callable[[Measurement], bool],
+    measurements: Sequence[Measurement],
+    bad: Sequence[Measurement],
+) -> str:
+    """The number that a measure rejects, and how many bad ones it misses."""
+    count = sum(map(rejects, measurements))
+    missed = sum(not rejects(at) for at in bad)
+    return f"{count} (misses {missed})" if missed else str(count)
+
+
 def _of_layer(ratios: Sequence[float]) -> tuple[str, ...]:
-    """What _OF_LAYER names."""
+    """The cells of _OF_LAYER."""
     if not ratios:
         return ("0", "", "", "0")
     over = sum(ratio > THRESHOLD for ratio in ratios)
     return str(len(ratios)), _number(statistics.median(ratios)), _number(max(ratios)), str(over)
 
 
-def _family(case: Asked) -> Family:
-    return next(family for family in FAMILIES if family.holds(case))
-
-
-def _by_family(study: Study, one: Implementation) -> dict[Family, Measured]:
-    """The largest ratio of a layer in each family."""
-    worst: dict[Family, Measured] = {}
-    for id, found in study.worst_by_case(one.name, QUANTITIES).items():
-        family = _family(study.cases[id])
-        if family not in worst or found.ratio > worst[family].ratio:
-            worst[family] = found
+def _worst_by_case(study: Study, layer: str) -> dict[str, float]:
+    """The largest ratio of all quantities in each case, by its id."""
+    worst: dict[str, float] = {}
+    for at in study.measurements:
+        if at.layer == layer:
+            worst[at.case] = max(at.ratio, worst.get(at.case, 0.0))
     return worst
+
+
+def _worst_by_family(study: Study, layer: str) -> dict[str, float]:
+    """The largest ratio in each family that the layer has a case of."""
+    worst: dict[str, float] = {}
+    for id, ratio in _worst_by_case(study, layer).items():
+        family = family_of(study.cases[id])
+        worst[family] = max(ratio, worst.get(family, 0.0))
+    return worst
+
+
+def _soundness(sound: bool) -> str:
+    return "sound" if sound else "unsound"
 
 
 def _number(ratio: float) -> str:

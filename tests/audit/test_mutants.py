@@ -28,7 +28,7 @@ from syncbn.conformance.wire import Message
 
 ROOT = Path(__file__).parents[2]
 STEPS = {name for name, value in vars(Plain).items() if callable(value)}
-PLACES = ("summary", "mutants")
+PLACES = ("origin", "summary", "mutants")
 FLAGS = {"keeps_dtype", "keeps_format", "keeps_gradient_format"}
 
 
@@ -279,6 +279,7 @@ def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) ->
     assert "torch: 1 of 2 mutants killed" in lines
     assert "SURVIVES torch EpsClamp, ERR-3, seed 0: passed or unsupported" in lines
     text = page.read_text()
+    assert "- planted faults: made by `python -m audit" in text
     assert "1 ranks, 2 seeds; torch: 1 of 2 mutants killed; SURVIVES torch EpsClamp" in text
     assert "| mutant | fault | source | killed in: torch |" in text
     fault = "running_var is made unbiased with the rank's own count."

@@ -1,4 +1,4 @@
-"""The study of the bound: CANN's measures on numbers done by hand, its tables and its plots."""
+"""The study of the bound: CANN's measures on numbers computed by hand, and its tables."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from audit import study
 from audit.__main__ import main
 from audit.markdown import PageError
 from audit.mutants.layer import Alone, State
-from audit.study import collect, measures, page, plots
-from audit.study.collect import Asked, Implementation, Measured, Study, StudyError
+from audit.study import collect, families, measures, page, run
+from audit.study.collect import Layer, Measurement, Study
+from audit.study.families import ONE_PASS, family_of
 from audit.study.layers import Chains, Float64, Welford
 from syncbn.conformance import targets
+from syncbn.conformance.case import Case, Data, Step
 from syncbn.conformance.cases import catalogue
 
 TARGET = targets.parse("syncbn.torch")
 PAGE = "Text.\n" + "".join(
     f"\n<!-- made: {name} -->\nstale\n<!-- end -->\n"
-    for name in ("asked", "layers", "gap", "families", "cann")
+    for name in ("origin", "setup", "layers", "gap", "families", "cann")
 )
 
 
@@ -139,46 +140,53 @@ def test_float64_layer_rounds_once() -> None:
 
 # Tables
 
-SOUND = Implementation("two-pass float32", True, TARGET)
-UNSOUND = Implementation("one-pass variance", False, TARGET, "OnePassVariance")
-NEAR = Asked("n" * 12, "NUM-1", "mean/std 1", 1.0, 1.0, "float32", 100, False, False, 1e-5)
-FAR = replace(NEAR, id="f" * 12, title="mean/std 1e4", mean_over_std=1e4)
+SOUND = Layer("two-pass float32", True, TARGET)
+UNSOUND = Layer(ONE_PASS, False, TARGET, "OnePassVariance")
 
 
-def measured(layer: str, case: Asked, quantity: str, ratio: float, **beside: float) -> Measured:
-    numbers = {"mere": 0.1, "mare": 0.2, "mixed": 0.3, "rms": 1.0} | beside
-    return Measured(layer, case.id, quantity, ratio, **numbers)
+def case_of(mean_over_std: float, dtype: str = "float32") -> Case:
+    step = Step(((50, 3),), dtype=dtype, x=Data(mean_over_std))
+    return Case("NUM-1", f"mean/std {mean_over_std:g}", 1, {"num_features": 3}, (step,), ("y",))
+
+
+NEAR, FAR, HALF = case_of(1.0), case_of(1e4), case_of(1.0, "float16")
+
+
+def measured(
+    layer: Layer, case: Case, quantity: str, ratio: float, **of_cann: float
+) -> Measurement:
+    numbers = {"mere": 0.1, "mare": 0.2, "mixed": 0.3, "rms": 1.0} | of_cann
+    return Measurement(layer.name, case.id, quantity, ratio, **numbers)
 
 
 def fake() -> Study:
     environment = {"ranks": "4", "processor": "x86_64 CPU", "cores": "2", "numpy": "1.26.4"}
-    made = Study(environment, (SOUND, UNSOUND), {"torch twin": "it is not compiled"})
-    made.cases = {NEAR.id: NEAR, FAR.id: FAR}
-    made.measured = [
-        measured(SOUND.name, NEAR, "y", 0.25),
-        measured(SOUND.name, NEAR, "running_var", 0.125),
-        measured(SOUND.name, FAR, "y", 0.5, mare=7.0),
-        measured(UNSOUND.name, NEAR, "y", 0.3),
-        measured(UNSOUND.name, FAR, "y", 123.0, mare=7.0, mixed=0.5, rms=40.0),
-        measured(UNSOUND.name, FAR, "running_var", np.inf, mere=np.inf, mixed=np.inf, rms=np.inf),
+    study = Study(environment, (SOUND, UNSOUND), {"torch twin": "it is not compiled"})
+    study.cases = {case.id: case for case in (NEAR, FAR)}
+    study.measurements = [
+        measured(SOUND, NEAR, "y", 0.25),
+        measured(SOUND, NEAR, "running_var", 0.125),
+        measured(SOUND, FAR, "y", 0.5, mare=7.0),
+        measured(UNSOUND, NEAR, "y", 0.3),
+        measured(UNSOUND, FAR, "y", 123.0, mare=7.0, mixed=0.5, rms=40.0),
+        measured(UNSOUND, FAR, "running_var", np.inf, mere=np.inf, mixed=np.inf, rms=np.inf),
     ]
-    made.unanswered = {UNSOUND.name: {"no bfloat16": 3}}
-    return made
+    study.not_run = {UNSOUND.name: {"no bfloat16": 3}}
+    return study
 
 
-def test_what_was_asked() -> None:
-    assert page.asked(fake()).splitlines() == [
+def test_setup() -> None:
+    assert page.setup(fake()).splitlines() == [
         "- 2 cases on 4 ranks, x86_64 CPU, 2 cores; numpy 1.26.4",
-        "- one-pass variance could not be asked 3 of them: no bfloat16",
-        "- left out: torch twin, it is not compiled",
+        "- one-pass variance did not run 3 of them: no bfloat16",
+        "- left out: torch twin, because it is not compiled",
     ]
 
 
 def test_table_of_layers_has_halves_apart() -> None:
     made = fake()
-    half = replace(NEAR, id="h" * 12, dtype="float16")
-    made.cases[half.id] = half
-    made.measured.append(measured(UNSOUND.name, half, "y", 4.0))
+    made.cases[HALF.id] = HALF
+    made.measurements.append(measured(UNSOUND, HALF, "y", 4.0))
     header, _, *rows = page.layers(made).splitlines()
     assert header.startswith("| layer |  | 32, 64 bit: cases | 32, 64 bit: median |")
     assert rows == [
@@ -189,9 +197,8 @@ def test_table_of_layers_has_halves_apart() -> None:
 
 def test_gap() -> None:
     made = fake()
-    half = replace(NEAR, id="h" * 12, dtype="float16")
-    made.cases[half.id] = half
-    made.measured.append(measured(SOUND.name, half, "y", 0.75))
+    made.cases[HALF.id] = HALF
+    made.measurements.append(measured(SOUND, HALF, "y", 0.75))
     assert page.gap(made).splitlines() == [
         "- sound layers, float32 and float64: at most **0.5**",
         "- sound layers, float16 and bfloat16: at most **0.75**",
@@ -224,27 +231,22 @@ def test_table_of_cann_counts_what_is_rejected_and_what_is_missed() -> None:
 
 
 @pytest.fixture
-def offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_families(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the families that fake() has cases of."""
-    few = [
-        family for family in page.FAMILIES if family.name in ("mean/std 1 to 10", "mean/std 10000")
-    ]
+    few = {name: families.FAMILIES[name] for name in ("mean/std 1 to 10", "mean/std 10000")}
     monkeypatch.setattr(page, "FAMILIES", few)
 
 
-@pytest.mark.usefixtures("offsets")
+@pytest.mark.usefixtures("few_families")
 def test_nothing_is_wrong_if_the_unsound_layer_is_over_the_threshold() -> None:
     assert page.wrong(fake()) == []
 
 
-@pytest.mark.usefixtures("offsets")
-def test_what_is_wrong_is_said() -> None:
+@pytest.mark.usefixtures("few_families")
+def test_each_wrong_result_has_a_line() -> None:
     made = fake()
-    made.measured = [
-        measured(SOUND.name, NEAR, "y", 3.5),
-        measured(UNSOUND.name, FAR, "y", 2.5),
-    ]
-    made.unanswered[SOUND.name] = {"no bfloat16": 3, "it hung": 2}
+    made.measurements = [measured(SOUND, NEAR, "y", 3.5), measured(UNSOUND, FAR, "y", 2.5)]
+    made.not_run[SOUND.name] = {"no bfloat16": 3, "it hung": 2}
     assert page.wrong(made) == [
         "two-pass float32 is sound, but in 2 cases it hung",
         "two-pass float32 is sound, but 3.5 in mean/std 1 to 10",
@@ -252,19 +254,20 @@ def test_what_is_wrong_is_said() -> None:
     ]
 
 
-@pytest.mark.usefixtures("offsets")
-def test_an_unsound_layer_that_was_not_asked_where_it_must_fail_is_wrong() -> None:
+@pytest.mark.usefixtures("few_families")
+def test_a_family_without_a_case_for_a_fault_that_it_must_show_is_wrong() -> None:
     made = fake()
-    made.measured = [one for one in made.measured if one.case == NEAR.id]
+    made.measurements = [at for at in made.measurements if at.case == NEAR.id]
     del made.cases[FAR.id]
-    assert page.wrong(made) == ["one-pass variance was not asked about mean/std 10000"]
+    assert page.wrong(made) == ["one-pass variance has no case of mean/std 10000"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_every_case_has_a_family_and_every_family_a_case(ranks: int) -> None:
-    asked = filter(collect._is_about_rounding, catalogue(ranks))
-    families = [page._family(collect._family(case)) for case in (*asked, *collect._offsets(ranks))]
-    assert set(families) == set(page.FAMILIES)
+    cases = filter(collect.is_about_rounding, catalogue(ranks))
+    assert {family_of(case) for case in (*cases, *collect.offset_cases(ranks))} == set(
+        families.FAMILIES
+    )
 
 
 def test_tables_replace_what_was_in_their_places(tmp_path: Path) -> None:
@@ -288,57 +291,34 @@ def test_a_page_must_have_a_place_for_each_table(tmp_path: Path, text: str) -> N
 
 
 def test_numbers_are_json() -> None:
-    document = json.loads(json.dumps(study.numbers(fake()), allow_nan=False))
-    assert document["measured"][-1]["ratio"] == "inf"
+    document = json.loads(json.dumps(run.numbers(fake()), allow_nan=False))
+    assert document["measurements"][-1]["ratio"] == "inf"
     assert document["layers"][1]["mutant"] == "OnePassVariance"
 
 
-def test_the_command_asks_measures_and_writes(
+def test_the_command_runs_measures_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    by_name = {one.name: one for one in collect.IMPLEMENTATIONS}
+    by_name = {layer.name: layer for layer in collect.LAYERS}
     lacking = replace(by_name["torch composed"], target=replace(TARGET, framework="lacking"))
     chosen = (by_name[SOUND.name], by_name[UNSOUND.name], lacking)
-    monkeypatch.setattr(collect, "IMPLEMENTATIONS", chosen)
+    monkeypatch.setattr(collect, "LAYERS", chosen)
     document, out = tmp_path / "page.md", tmp_path / "study.json"
     document.write_text(PAGE)
     arguments = ["study", "--ranks", "2", "--profile", "smoke", "--out", str(out)]
-    # A profile that small has no case of some families, in which a fault is to be shown.
+    # A profile that small has no case of some families in which a fault must show.
     assert main([*arguments, "--document", str(document)]) == 1
     lines = capsys.readouterr().out.splitlines()
     wrong = [line for line in lines if line.startswith(UNSOUND.name)]
     assert wrong
-    assert all(line.startswith("one-pass variance was not asked about") for line in wrong)
+    assert all(line.startswith("one-pass variance has no case of") for line in wrong)
     text = document.read_text()
-    assert "- left out: torch composed, lacking is not installed" in text
+    assert "- left out: torch composed, because lacking is not installed" in text
     assert "| two-pass float32 | sound |" in text
     numbers = json.loads(out.read_text())
     ratios: dict[str, list[float]] = {SOUND.name: [], UNSOUND.name: []}
-    for one in numbers["measured"]:
-        ratios[one["implementation"]].append(float(one["ratio"]))
-        assert one["implementation"] != SOUND.name or one["rms"] == 1.0
+    for at in numbers["measurements"]:
+        ratios[at["layer"]].append(float(at["ratio"]))
+        assert at["layer"] != SOUND.name or at["rms"] == 1.0
     assert 0 < max(ratios[SOUND.name]) < 1
     assert max(ratios[UNSOUND.name]) > 1000
-    assert sorted(path.name for path in (tmp_path / "page").iterdir()) == [
-        "cann.svg",
-        "cases.svg",
-        "offsets.svg",
-    ]
-
-
-# Plots
-
-
-def test_plots_are_small_and_the_same_every_time(tmp_path: Path) -> None:
-    first, second = (plots.draw(fake(), tmp_path / name) for name in ("one", "two"))
-    assert [path.name for path in first] == ["cases.svg", "offsets.svg", "cann.svg"]
-    for one, two in zip(first, second, strict=True):
-        assert one.read_bytes() == two.read_bytes()
-        assert b"<dc:date>" not in one.read_bytes()
-        assert one.stat().st_size < 100_000
-
-
-def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(StudyError, match="matplotlib must be installed"):
-        plots.require_matplotlib()
