@@ -134,14 +134,14 @@ def run_mutants(
 
 
 class FakePool:
-    """Ranks whose answer depends on the mutant; `asked` lists the cases that they ran."""
+    """Ranks whose answer depends on the mutant; `runs` lists the cases that they ran."""
 
     starts: int
     answers: dict[str, Callable[[Case], Outcome]]
-    asked: list[tuple[str, str, int]]  # mutant, title and seed
+    runs: list[tuple[str, str, int]]  # mutant, title and seed
 
     def __init__(self, target: Target, ranks: int) -> None:
-        type(self).asked = []
+        type(self).runs = []
 
     def __enter__(self) -> FakePool:
         return self
@@ -151,7 +151,7 @@ class FakePool:
 
     def run(self, case: Case) -> Outcome:
         mutant = case.layer["mutant"]
-        self.asked.append((mutant, case.title, case.seed))
+        self.runs.append((mutant, case.title, case.seed))
         return self.answers.get(mutant, right)(case)
 
 
@@ -211,7 +211,7 @@ def test_fresh_ranks_are_proven_before_a_hang_on_them_counts(ranks: type[FakePoo
     _, row = run_mutants(["LocalCount"], profile="smoke")
     assert row.mark("ERR-3") == "."
     warm_up, *proof = [CONTROL, CONTROL, CONTROL]
-    assert [name for name, *_ in ranks.asked] == [warm_up, *proof, "LocalCount"] * 2
+    assert [name for name, *_ in ranks.runs] == [warm_up, *proof, "LocalCount"] * 2
 
 
 def test_a_kill_of_one_seed_is_not_enough(ranks: type[FakePool]) -> None:
@@ -224,7 +224,7 @@ def test_a_kill_of_one_seed_is_not_enough(ranks: type[FakePool]) -> None:
 def test_the_case_that_killed_comes_first_with_the_next_seed(ranks: type[FakePool]) -> None:
     ranks.answers["LocalCount"] = silent_at_minus_1
     run_mutants(["LocalCount"], seeds=[0, 1])
-    mine = [(title, seed) for mutant, title, seed in ranks.asked if mutant == "LocalCount"]
+    mine = [(title, seed) for mutant, title, seed in ranks.runs if mutant == "LocalCount"]
     assert mine == [("num_features=0", 0), ("num_features=-1", 0), ("num_features=-1", 1000)]
 
 
@@ -243,7 +243,7 @@ def test_without_only_declared_the_first_seed_runs_everything(ranks: type[FakePo
     assert constructed <= {clause for clause, seed in row.results if seed == 0}
     assert {clause for clause, seed in row.results if seed == 1} == {"ERR-3"}
     titles = {case.title for case in catalogue(1, "certify") if case.clause in constructed}
-    assert titles <= {title for mutant, title, _ in ranks.asked if mutant == CONTROL}
+    assert titles <= {title for mutant, title, _ in ranks.runs if mutant == CONTROL}
 
 
 def main(**options: Any) -> int:
