@@ -126,7 +126,7 @@ def test_a_backend_for_a_target_that_has_none() -> None:
 def test_an_unknown_backend() -> None:
     pool = RankPool(targets.parse("syncbn.torch", backend="tritium"), 1)
     with pytest.raises(
-        TargetError, match="must be one of auto, composed, aten, triton, twin, got 'tritium'"
+        TargetError, match="must be one of auto, composed, aten, triton, got 'tritium'"
     ):
         pool.start()
 

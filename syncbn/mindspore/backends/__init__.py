@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any, Protocol, cast
 
 import mindspore as ms
 from mindspore import Tensor, ops
 
-_MODULES = {
-    "composed": "syncbn.mindspore.backends.composed",
-    "aclnn": "syncbn.mindspore.backends.aclnn",
-}
-_DEFAULTS = {"CPU": "composed", "Ascend": "aclnn"}
+from syncbn.backends import MINDSPORE, choose
+
+_DEVICES = {"CPU": "cpu", "Ascend": "npu"}  # by device_target
 
 
 class Backend(Protocol):
@@ -84,16 +81,8 @@ def load(name: str) -> Backend:
     Raises:
         ValueError: there is no backend of that name, or none for this device.
     """
-    source = "backend"
-    if name == "auto":
-        source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
-    if name == "auto":
-        device = ms.get_context("device_target")
-        if device not in _DEFAULTS:
-            known = ", ".join(_DEFAULTS)
-            raise ValueError(f"device_target must be one of {known}, got {device!r}")
-        name = _DEFAULTS[device]
-    if name not in _MODULES:
-        known = ", ".join(["auto", *_MODULES])
-        raise ValueError(f"{source} must be one of {known}, got {name!r}")
-    return cast(Backend, importlib.import_module(_MODULES[name]))
+    target = ms.get_context("device_target")
+    if target not in _DEVICES:
+        known = ", ".join(_DEVICES)
+        raise ValueError(f"device_target must be one of {known}, got {target!r}")
+    return cast(Backend, importlib.import_module(choose(MINDSPORE, name, _DEVICES[target]).module))

@@ -9,8 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-_NAMES = ("composed", "aten", "triton", "twin")
-_DEFAULTS = {"cuda": "aten", "npu": "aten"}  # of the others it is composed
+from syncbn.backends import TORCH, choose
 
 
 class Backend(Protocol):
@@ -84,20 +83,13 @@ def load(name: str, device: torch.device | None = None) -> Backend:
         ValueError: there is no backend of that name.
         RuntimeError: it needs what is not installed.
     """
-    source = "backend"
-    if name == "auto":
-        source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
-    if name == "auto":
-        name = _DEFAULTS.get(device.type, "composed") if device else "composed"
-    if name not in _NAMES:
-        raise ValueError(f"{source} must be one of {', '.join(['auto', *_NAMES])}, got {name!r}")
+    chosen = choose(TORCH, name, device.type if device else "")
     try:
-        module = importlib.import_module(f"syncbn.torch.backends.{name}")
+        module = importlib.import_module(chosen.module)
     except ModuleNotFoundError as error:
-        if error.name not in ("triton", "pybind11"):
+        if error.name not in chosen.needs:
             raise
         raise RuntimeError(
-            f"backend {name!r} needs Triton, which is not installed: pip install triton-ascend "
-            "pybind11 (Ascend) or triton (CUDA)"
+            f"backend {chosen.name!r} needs {error.name}, which is not installed: {chosen.install}"
         ) from error
     return cast(Backend, module)

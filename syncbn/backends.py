@@ -1,0 +1,114 @@
+"""The backends of the layer, as data. The layer reads it, and so does whatever judges the layer.
+
+No framework is imported here. Devices are named as PyTorch names them: cpu, cuda, npu (Ascend).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One implementation of the five operations.
+
+    name: the value of `backend=` and of SYNCBN_BACKEND.
+    module: the module of the five operations, imported when a layer uses the backend.
+    default_on: the devices that use it if no backend is named.
+    float64_on: the devices on which it computes in float64.
+    on_cpu: what its results on CPU stand for: "device" is the backend itself; "substituted" is the
+        backend with substitutes for kernels that CPU does not have; "interpreted" are our kernels
+        in Triton's interpreter; "twin" are our kernels as Ascend's compiler lowered them.
+    needs: the modules that it imports and that the framework does not bring.
+    install: how to install them.
+    internal: whether it exists for tests only. Error messages do not offer it.
+    """
+
+    name: str
+    module: str
+    default_on: tuple[str, ...] = ()
+    float64_on: tuple[str, ...] = ()
+    on_cpu: str = "device"
+    needs: tuple[str, ...] = ()
+    install: str = ""
+    internal: bool = False
+
+
+def _by_name(*backends: BackendInfo) -> Mapping[str, BackendInfo]:
+    return {backend.name: backend for backend in backends}
+
+
+_TRITON = "pip install triton-ascend pybind11 (Ascend) or triton (CUDA)"
+
+TORCH = _by_name(
+    BackendInfo(
+        "composed",
+        "syncbn.torch.backends.composed",
+        default_on=("cpu",),
+        float64_on=("cpu", "cuda"),
+    ),
+    BackendInfo(
+        "aten",
+        "syncbn.torch.backends.aten",
+        default_on=("cuda", "npu"),
+        float64_on=("cuda",),
+        on_cpu="substituted",
+    ),
+    BackendInfo(
+        "triton",
+        "syncbn.torch.backends.triton",
+        on_cpu="interpreted",
+        needs=("triton", "pybind11"),
+        install=_TRITON,
+    ),
+    BackendInfo(
+        "twin",
+        "syncbn.torch.backends.twin",
+        on_cpu="twin",
+        needs=("triton", "pybind11"),
+        install=_TRITON,
+        internal=True,
+    ),
+)
+
+MINDSPORE = _by_name(
+    BackendInfo(
+        "composed",
+        "syncbn.mindspore.backends.composed",
+        default_on=("cpu",),
+        float64_on=("cpu",),
+    ),
+    # Its operations run on CPU as well, with the limits of Ascend's kernels.
+    BackendInfo(
+        "aclnn",
+        "syncbn.mindspore.backends.aclnn",
+        default_on=("npu",),
+        on_cpu="substituted",
+    ),
+)
+
+
+def choose(backends: Mapping[str, BackendInfo], name: str, device: str) -> BackendInfo:
+    """The backend that a layer uses.
+
+    Args:
+        backends: TORCH or MINDSPORE.
+        name: of a backend; "auto" for the one that SYNCBN_BACKEND names, or without it for the
+            default of the device.
+        device: a device type. One that no backend names as its own uses the first backend.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    source = "backend"
+    if name == "auto":
+        source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
+    if name == "auto":
+        of_device = [backend for backend in backends.values() if device in backend.default_on]
+        return of_device[0] if of_device else next(iter(backends.values()))
+    if name not in backends:
+        offered = [backend.name for backend in backends.values() if not backend.internal]
+        raise ValueError(f"{source} must be one of {', '.join(['auto', *offered])}, got {name!r}")
+    return backends[name]

@@ -1,0 +1,62 @@
+"""The table of the backends: complete, and readable without a framework."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+import syncbn
+from syncbn.backends import MINDSPORE, TORCH, BackendInfo, choose
+
+FOLDER = Path(syncbn.__file__).parent
+OPERATIONS = {"stats", "combine", "normalize", "reduce_grad", "input_grad"}
+
+
+def names_in(module: Path) -> set[str]:
+    """The names that the top level of a module binds."""
+    names: set[str] = set()
+    for node in ast.parse(module.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ImportFrom):
+            names.update(alias.asname or alias.name for alias in node.names)
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                names.update(n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+    return names
+
+
+@pytest.mark.parametrize(("framework", "backends"), [("torch", TORCH), ("mindspore", MINDSPORE)])
+def test_every_module_of_backends_is_in_the_table(
+    framework: str, backends: Mapping[str, BackendInfo]
+) -> None:
+    folder = FOLDER / framework / "backends"
+    modules = {f"syncbn.{framework}.backends.{p.stem}": p for p in folder.glob("[!_]*.py")}
+    assert {backend.module for backend in backends.values()} == set(modules)
+    for name, backend in backends.items():
+        assert backend.name == name
+        assert names_in(modules[backend.module]) >= OPERATIONS
+
+
+@pytest.mark.parametrize("backends", [TORCH, MINDSPORE])
+def test_a_device_has_one_default(backends: Mapping[str, BackendInfo]) -> None:
+    defaults = [device for backend in backends.values() for device in backend.default_on]
+    assert len(defaults) == len(set(defaults))
+    assert "cpu" in defaults
+
+
+def test_no_framework_is_imported() -> None:
+    code = "import sys, syncbn.backends; print(*(sys.modules.keys() & {'torch', 'mindspore'}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_an_internal_backend_can_be_chosen_but_is_not_offered() -> None:
+    assert choose(TORCH, "twin", "cpu").internal
+    with pytest.raises(ValueError, match="one of auto, composed, aten, triton, got 'cudnn'"):
+        choose(TORCH, "cudnn", "cpu")
