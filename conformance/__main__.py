@@ -177,7 +177,7 @@ def _freeze(_: argparse.Namespace) -> int:
 
 
 def _targets(_: argparse.Namespace) -> int:
-    for name, description in targets.DESCRIPTIONS.items():
+    for name, description in targets.descriptions().items():
         print(f"{name:<22}  {description}")
     return 0
 
@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--oracle",
         default="auto",
-        choices=("auto", "mindspore.mint", "none"),
+        choices=("auto", targets.ORACLE, "none"),
         help="another layer to compare every case with (auto: mindspore.mint if it is installed)",
     )
     run.add_argument("--out", type=Path, help="where report.json goes (default reports/out/TARGET)")

@@ -1,12 +1,17 @@
-"""Targets: whose layer is judged. A short name, or `FRAMEWORK:MODULE:CLASS` for anybody's."""
+"""Targets: the layers that can be judged. A target has a short name, or FRAMEWORK:MODULE:CLASS."""
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from syncbn import backends
 from syncbn.conformance import ConformanceError
+from syncbn.conformance.frameworks import FRAMEWORKS, Framework
+
+ORACLE = "mindspore.mint"
+
+MODES = tuple(mode for framework in FRAMEWORKS.values() for mode in framework.modes)
 
 
 class TargetError(ConformanceError, ValueError):
@@ -15,15 +20,19 @@ class TargetError(ConformanceError, ValueError):
 
 @dataclass(frozen=True)
 class Target:
-    """A layer's class and what runs it.
+    """The class of a layer, and what runs it.
 
-    rung says what the results stand for: `device` is the layer itself on the device named. On cpu
-    some stand for Ascend: `substituted`, with stand-ins for kernels that only Ascend has
-    (syncbn.conformance.ranks.substitutes); `twin`, with our
-    kernels as Ascend's compiler lowered them; `interpreted`, with our kernels in Triton's
-    interpreter.
-    mode: how MindSpore runs it, one of MODES; None for a framework that knows but one way.
-    rank_ids: whether process_group may be a list of rank ids (the documented ERR-5 needs it).
+    name: as given by the user.
+    framework: the name of one of FRAMEWORKS.
+    module: where the class is: importable, or a path that ends in .py.
+    cls: the name of the class.
+    device: cpu, cuda or npu (Ascend).
+    backend: of our own layer, "auto" for its choice; None for any other layer.
+    mode: how the framework runs the layer; None for a framework that has only one way.
+    rung: what the results stand for. "device" is the layer itself on the device. On cpu some stand
+        for Ascend: "substituted", "interpreted", "twin"; see syncbn.backends.BackendInfo.
+    rank_ids: whether process_group may be a list of rank ids, which the documented ERR-5 needs.
+    float64: whether the device and the layer's kernels have float64.
     """
 
     name: str
@@ -35,41 +44,11 @@ class Target:
     mode: str | None = None
     rung: str = "device"
     rank_ids: bool = False
-    has_backends: bool = False
+    float64: bool = True
 
     @property
     def document(self) -> dict[str, Any]:
         return asdict(self)
-
-
-MODES = ("pynative", "graph")
-
-_NAMED = {
-    "syncbn.torch": Target(
-        "syncbn.torch", "torch", "syncbn.torch", "SyncBatchNorm", rank_ids=True, has_backends=True
-    ),
-    "syncbn.mindspore": Target(
-        "syncbn.mindspore",
-        "mindspore",
-        "syncbn.mindspore",
-        "SyncBatchNorm",
-        rank_ids=True,
-        has_backends=True,
-    ),
-    "torch.nn": Target("torch.nn", "torch", "torch.nn", "SyncBatchNorm"),
-    "mindspore.mint": Target("mindspore.mint", "mindspore", "mindspore.mint.nn", "SyncBatchNorm"),
-}
-
-DESCRIPTIONS = {
-    "syncbn.torch": "the layer of this project for PyTorch",
-    "syncbn.mindspore": "the layer of this project for MindSpore",
-    "torch.nn": "torch.nn.SyncBatchNorm (refuses CPU tensors)",
-    "mindspore.mint": "mindspore.mint.nn.SyncBatchNorm; on cpu with substitutes for its kernels, "
-    "which only Ascend has",
-    "torch:MODULE:CLASS": "any class with the documented constructor arguments; MODULE may be "
-    "importable or a path that ends in .py",
-    "mindspore:MODULE:CLASS": "likewise",
-}
 
 
 def parse(
@@ -77,63 +56,111 @@ def parse(
 ) -> Target:
     """The target of a name.
 
+    Args:
+        name: one of the names in `descriptions()`.
+        device: cpu, cuda or npu.
+        backend: of our own layer; None is "auto".
+        mode: one of the framework's modes; None is its first.
+
     Raises:
-        TargetError: no such name, or a backend or a mode that the target does not have.
+        TargetError: there is no target of that name, or it has no such backend or mode.
     """
-    if name in _NAMED:
-        target = _NAMED[name]
-    else:
-        framework, _, rest = name.partition(":")
-        module, _, cls = rest.rpartition(":")
-        if framework not in ("torch", "mindspore") or not module or not cls:
-            raise TargetError(
-                f"target must be {', '.join(_NAMED)}, torch:MODULE:CLASS or "
-                f"mindspore:MODULE:CLASS, got {name!r}"
-            )
-        target = Target(name, framework, module, cls)
-    if backend is not None and not target.has_backends:
+    framework, module, cls = _resolve(name)
+    ours, own = name == f"syncbn.{framework.name}", name == framework.own.name
+    if backend is not None and not ours:
         raise TargetError(f"backend must not be given, target {name} has none, got {backend!r}")
-    if target.has_backends and backend is None:
-        backend = "auto"
-    if mode is not None and target.framework != "mindspore":
+    if mode is not None and not framework.modes:
         raise TargetError(f"mode must not be given, target {name} has none, got {mode!r}")
-    if target.framework == "mindspore" and mode is None:
-        mode = "pynative"
-    target = replace(target, device=device, backend=backend, mode=mode)
-    if (name, device, mode) == ("mindspore.mint", "cpu", "graph"):
-        raise TargetError(
-            "mode must be pynative for target mindspore.mint on cpu, where MindSpore can compile "
-            "neither its gradient nor its groups, got 'graph'"
+    if mode is not None and mode not in framework.modes:
+        known = ", ".join(framework.modes)
+        raise TargetError(f"mode must be one of {known} for target {name}, got {mode!r}")
+    if mode is None and framework.modes:
+        mode = framework.modes[0]
+    if own and device == "cpu" and mode and mode in framework.own.fails_on_cpu:
+        known = ", ".join(m for m in framework.modes if m not in framework.own.fails_on_cpu)
+        reason = framework.own.fails_on_cpu[mode]
+        raise TargetError(f"mode must be {known} for target {name} on cpu, got {mode!r}: {reason}")
+    rung, float64 = "device", device != "npu"
+    if own and device == "cpu":
+        rung = framework.own.on_cpu
+    if ours:
+        backend = backend or "auto"
+        info = _backend(framework, backend, device)
+        rung = info.on_cpu if device == "cpu" else "device"
+        float64 = device in info.float64_on
+    return Target(
+        name,
+        framework.name,
+        module,
+        cls,
+        device,
+        backend,
+        mode,
+        rung,
+        rank_ids=ours,
+        float64=float64,
+    )
+
+
+def descriptions() -> dict[str, str]:
+    """What can be given as a target, and what it is."""
+    found = {
+        f"syncbn.{framework.name}": f"the layer of this project for {framework.title}"
+        for framework in FRAMEWORKS.values()
+    }
+    for framework in FRAMEWORKS.values():
+        own = framework.own
+        found[own.name] = f"{own.module}.SyncBatchNorm ({own.note})"
+    for name in FRAMEWORKS:
+        found[f"{name}:MODULE:CLASS"] = (
+            "any class with the documented constructor arguments; MODULE is importable, or a path "
+            "that ends in .py"
         )
-    return replace(target, rung=_rung(target))
+    return found
 
 
 def oracle(name: str, target: Target) -> Target | str:
     """The target to compare another one with, or why there is none.
 
     Args:
-        name: of a target, "none", or "auto" for mindspore.mint if it is there.
-        target: what is judged.
+        name: ORACLE, "none", or "auto" for ORACLE if it is installed.
+        target: the target that is judged.
 
     Raises:
-        TargetError: the oracle that was asked for is not installed, or is the target itself.
+        TargetError: ORACLE is not installed, or is the target itself.
     """
     if name == "none":
         return "none was asked for"
-    chosen = parse("mindspore.mint", "npu" if target.device == "npu" else "cpu")
+    chosen = parse(ORACLE, "npu" if target.device == "npu" else "cpu")
+    framework = FRAMEWORKS[chosen.framework]
     reason = None
     if target.name == chosen.name:
         reason = f"{chosen.name} is the target itself"
-    elif importlib.util.find_spec("mindspore") is None:
-        reason = "MindSpore is not installed: pip install 'syncbn[mindspore]'"
+    elif not framework.installed:
+        reason = f"{framework.title} is not installed: pip install 'syncbn[{framework.name}]'"
     if reason and name != "auto":
         raise TargetError(f"oracle must be another layer that is there, got {name!r}: {reason}")
     return reason or chosen
 
 
-def _rung(target: Target) -> str:
-    if target.device != "cpu":
-        return "device"
-    if target.name == "mindspore.mint" or target.backend in ("aclnn", "aten"):
-        return "substituted"
-    return {"twin": "twin", "triton": "interpreted"}.get(target.backend or "", "device")
+def _resolve(name: str) -> tuple[Framework, str, str]:
+    """The framework, the module and the class of a target's name."""
+    for framework in FRAMEWORKS.values():
+        if name == f"syncbn.{framework.name}":
+            return framework, name, "SyncBatchNorm"
+        if name == framework.own.name:
+            return framework, framework.own.module, "SyncBatchNorm"
+    given, _, rest = name.partition(":")
+    module, _, cls = rest.rpartition(":")
+    if given not in FRAMEWORKS or not module or not cls:
+        raise TargetError(f"target must be one of {', '.join(descriptions())}, got {name!r}")
+    return FRAMEWORKS[given], module, cls
+
+
+def _backend(framework: Framework, name: str, device: str) -> backends.BackendInfo:
+    if name == "auto":  # not SYNCBN_BACKEND: the ranks set that themselves
+        return backends.default(framework.backends, device)
+    try:
+        return backends.choose(framework.backends, name, device)
+    except ValueError as error:
+        raise TargetError(f"{error} for target syncbn.{framework.name}") from error

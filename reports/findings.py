@@ -68,7 +68,7 @@ def _runs(reports: Sequence[Report]) -> list[str]:
         target, environment = report["target"], report["environment"]
         versions = ", ".join(
             f"{name} {environment[name]}"
-            for name in ("mindspore", "torch", "python", "numpy", "processor")
+            for name in (target["framework"], "python", "numpy", "processor")
             if name in environment
         )
         commit = (report["suite"]["commit"] or "unknown")[:12]

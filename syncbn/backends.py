@@ -90,6 +90,12 @@ MINDSPORE = _by_name(
 )
 
 
+def default(backends: Mapping[str, BackendInfo], device: str) -> BackendInfo:
+    """The backend of a device type; the first for a device that is no backend's default."""
+    of_device = [backend for backend in backends.values() if device in backend.default_on]
+    return of_device[0] if of_device else next(iter(backends.values()))
+
+
 def choose(backends: Mapping[str, BackendInfo], name: str, device: str) -> BackendInfo:
     """The backend that a layer uses.
 
@@ -97,7 +103,7 @@ def choose(backends: Mapping[str, BackendInfo], name: str, device: str) -> Backe
         backends: TORCH or MINDSPORE.
         name: of a backend; "auto" for the one that SYNCBN_BACKEND names, or without it for the
             default of the device.
-        device: a device type. One that no backend names as its own uses the first backend.
+        device: a device type.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -106,8 +112,7 @@ def choose(backends: Mapping[str, BackendInfo], name: str, device: str) -> Backe
     if name == "auto":
         source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
     if name == "auto":
-        of_device = [backend for backend in backends.values() if device in backend.default_on]
-        return of_device[0] if of_device else next(iter(backends.values()))
+        return default(backends, device)
     if name not in backends:
         offered = [backend.name for backend in backends.values() if not backend.internal]
         raise ValueError(f"{source} must be one of {', '.join(['auto', *offered])}, got {name!r}")

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from audit.mutants import CONTROL
+from syncbn.conformance import frameworks
 from syncbn.conformance.case import Case
 
-FRAMEWORKS = ("torch", "mindspore")
+FRAMEWORKS = tuple(frameworks.FRAMEWORKS)
 
 # The marks of a mutant in a clause, weakest first. Only the marks of KILLS count: an error alone
 # may come from any layer, and a crash from anything.

@@ -22,8 +22,6 @@ import numpy.typing as npt
 from syncbn.conformance import data
 from syncbn.conformance.case import Case, Step
 
-NO_FLOAT64 = "Ascend and its kernels have no float64"
-
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
 
@@ -44,19 +42,21 @@ class Rank(ABC):
         target: a syncbn.conformance.targets.Target as a document.
         rank: the id of this process.
         ranks: the number of processes.
-        framework: the module of the framework, which names the dtypes.
+        local_rank: the id of this process among those of this machine, for the choice of a device.
 
     `groups` holds the framework's process groups by their ranks.
     """
 
-    def __init__(self, target: dict[str, Any], rank: int, ranks: int, framework: Any) -> None:
+    framework: Any  # the module of the framework, which names the dtypes
+
+    def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
         if target["backend"] is not None:
             os.environ["SYNCBN_BACKEND"] = target["backend"]
         self.rank = rank
         self.ranks = ranks
         self.rank_ids = target["rank_ids"]
+        self.float64 = target["float64"]
         self.cls = _find(target["module"], target["cls"])
-        self.framework = framework
         self.groups: dict[tuple[int, ...], Any] = {}
 
     @abstractmethod
@@ -122,9 +122,11 @@ class Rank(ABC):
         layer; and if counting, how many collectives the forward and the backward issued.
         """
 
-    @abstractmethod
     def unsupported(self, case: Case) -> str | None:
         """Why this target cannot run the case, or None. All ranks must give the same answer."""
+        if not self.float64 and "float64" in case.dtypes:
+            return "Ascend and its kernels have no float64"
+        return None
 
     def is_channels_last(self, tensor: Any) -> bool:
         return False

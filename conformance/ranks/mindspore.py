@@ -26,7 +26,7 @@ from mindspore.ops.auto_generate import gen_ops_prim
 from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.ranks.base import NO_FLOAT64, Rank
+from syncbn.conformance.ranks.base import Rank
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 
 T = TypeVar("T")
@@ -48,6 +48,8 @@ _FRAMES = re.compile(r"\s*\n-{10,}\n- (C\+\+ Call Stack|The Traceback of).*", re
 class MindSporeRank(Rank):
     """A process of MindSpore, which can form only one world in its life."""
 
+    framework = ms
+
     def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
         if target["device"] not in _DEVICES:
             known = ", ".join(_DEVICES)
@@ -60,10 +62,9 @@ class MindSporeRank(Rank):
         ms.runtime.launch_blocking()  # or an error shows at a later, innocent operation
         ms.set_context(mode=_MODES[target["mode"]])
         self.mode = target["mode"]
-        self.kernels_of_ascend = target["backend"] == "aclnn"
         if target["rung"] == "substituted":
             substitutes.install()
-        super().__init__(target, rank, ranks, ms)
+        super().__init__(target, rank, ranks, local_rank)
         if not (isinstance(self.cls, type) and issubclass(self.cls, nn.Cell)):
             raise TypeError(f"{target['cls']} must be a mindspore.nn.Cell")
         self.joined = False
@@ -124,8 +125,8 @@ class MindSporeRank(Rank):
         for dtype in _FLOATING:
             if dtype in case.dtypes and (reason := _lacks(dtype)):
                 return f"MindSpore {ms.__version__} has no {dtype} on {self.platform}: {reason}"
-        if self.kernels_of_ascend and "float64" in case.dtypes:
-            return NO_FLOAT64
+        if reason := super().unsupported(case):
+            return reason
         if case.ddp:
             return "the suite has no data parallelism of MindSpore, which has none on CPU"
         if self.mode == "graph" and any(step.recompute for step in case.steps):

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.ranks.base import NO_FLOAT64, Rank
+from syncbn.conformance.ranks.base import Rank
 from syncbn.conformance.ranks.substitutes import torch as substitutes
 
 T = TypeVar("T")
@@ -31,19 +31,18 @@ _COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
 class TorchRank(Rank):
-    """A process of torch.distributed; the world is formed anew whenever the controller asks."""
+    """A process of torch.distributed; it forms a new world for each `join`."""
+
+    framework = torch
 
     def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
         torch.set_num_threads(1)
         self.device = _device(target["device"], local_rank)
-        # Our kernels have none on CUDA, either.
-        kernels = target["backend"] in ("triton", "twin")
-        self.no_float64 = kernels or self.device.type == "npu" or target["rung"] != "device"
         if target["rung"] == "interpreted":
             os.environ["TRITON_INTERPRET"] = "1"
         if target["rung"] == "substituted":
             substitutes.install()
-        super().__init__(target, rank, ranks, torch)
+        super().__init__(target, rank, ranks, local_rank)
         if not isinstance(self.cls(1), nn.Module):
             raise TypeError(f"{target['cls']} must be a torch.nn.Module")
         self.store: TCPStore | None = None
@@ -145,9 +144,7 @@ class TorchRank(Rank):
     def unsupported(self, case: Case) -> str | None:
         if "process_group" in case.layer and not self.rank_ids:
             return _RANK_IDS
-        if self.no_float64 and "float64" in case.dtypes:
-            return NO_FLOAT64
-        return None
+        return super().unsupported(case)
 
     def is_channels_last(self, tensor: Tensor) -> bool:
         return tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()

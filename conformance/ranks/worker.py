@@ -11,7 +11,6 @@ import faulthandler
 import os
 import queue
 import signal
-import tempfile
 import threading
 import traceback
 from multiprocessing.connection import Client, Connection
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from syncbn.conformance import wire
 from syncbn.conformance.case import load
+from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.ranks.base import Rank
 from syncbn.extras import require
 
@@ -64,17 +64,11 @@ def _listen(connection: Connection, jobs: queue.SimpleQueue[wire.Message]) -> No
 
 
 def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Rank:
-    if target["framework"] == "torch":
-        require("the target", "torch", "torch")
-        from syncbn.conformance.ranks.torch import TorchRank
-
-        return TorchRank(target, rank, ranks, local_rank)
-    require("the target", "mindspore", "mindspore")
-    os.environ.setdefault("GLOG_v", "3")  # errors only, or MindSpore writes pages of warnings
-    os.environ.setdefault("MS_OM_PATH", tempfile.gettempdir())  # not into the user's directory
-    from syncbn.conformance.ranks.mindspore import MindSporeRank
-
-    return MindSporeRank(target, rank, ranks, local_rank)
+    framework = FRAMEWORKS[target["framework"]]
+    require("the target", framework.name, framework.name)
+    for name, value in framework.environment.items():
+        os.environ.setdefault(name, value)
+    return framework.rank_class()(target, rank, ranks, local_rank)
 
 
 def main() -> None:

@@ -124,11 +124,15 @@ def test_a_backend_for_a_target_that_has_none() -> None:
 
 
 def test_an_unknown_backend() -> None:
-    pool = RankPool(targets.parse("syncbn.torch", backend="tritium"), 1)
     with pytest.raises(
-        TargetError, match="must be one of auto, composed, aten, triton, got 'tritium'"
+        TargetError, match="backend must be one of auto, composed, aten, triton, got 'tritium'"
     ):
-        pool.start()
+        targets.parse("syncbn.torch", backend="tritium")
+
+
+def test_an_unknown_mode() -> None:
+    with pytest.raises(TargetError, match=r"mode must be one of pynative, graph .* got 'eager'"):
+        targets.parse("syncbn.mindspore", mode="eager")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
