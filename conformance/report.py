@@ -163,7 +163,11 @@ def _environment() -> dict[str, str]:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit of this checkout and whether it was changed; None outside git."""
+    """The commit of this checkout and whether it was changed; None outside git.
+
+    An installed suite may lie below the repository of a project that uses it. Its commit is not
+    the suite's, and does not have this file.
+    """
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(_ROOT), *arguments]
@@ -173,5 +177,7 @@ def _commit() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
+    if git("ls-files", "--error-unmatch", "conformance/report.py") is None:
+        return {"commit": None, "dirty": None}
     commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
     return {"commit": commit, "dirty": None if status is None else bool(status)}
