@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not marked so
 
 from syncbn.contract import check_count
 from syncbn.torch import backends
-from syncbn.torch.backends import may_sync_host, statistics_dtype
+from syncbn.torch.backends import may_sync_host
+from syncbn.torch.evaluation import evaluate
 from syncbn.torch.groups import ALONE, Communicator, ProcessGroupLike
 from syncbn.torch.step import (
     Statistics,
@@ -65,16 +67,18 @@ def sync_batch_norm(
         RuntimeError: in training, some ranks have nothing to differentiate and others have.
         PeerError: another rank of the group raised one of these.
     """
-    ops = backends.load(backend, device_of_step(input, weight))
     vectors = {
         "weight": weight,
         "bias": bias,
         "running_mean": running_mean,
         "running_var": running_var,
     }
-    if num_features is None:
-        num_features = _channels(input, vectors)
-    _check_vectors(vectors, num_features)
+    if not training and running_mean is not None and running_var is not None:
+        if not is_tracing():  # a size is a tensor then, not a number to compare
+            check_input(input, _check_vectors(input, vectors, num_features), weight)
+        return evaluate(input, running_mean, running_var, weight, bias, eps)
+    num_features = _check_vectors(input, vectors, num_features)
+    ops = backends.load(backend, device_of_step(input, weight))
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("momentum=None (cumulative average) needs num_batches_tracked")
     if training:
@@ -85,12 +89,6 @@ def sync_batch_norm(
         if running_mean is not None and running_var is not None:
             _update_running(running_mean, running_var, num_batches_tracked, momentum, stats)
         return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, communicator, ops)
-    if running_mean is not None and running_var is not None:
-        check_input(input, num_features, weight)
-        # A copy, for a training step may move the buffer before the backward of this one.
-        mean = running_mean.to(statistics_dtype(input.device), copy=True)
-        invstd = (running_var.to(mean.dtype) + eps).rsqrt()
-        return normalize(input, weight, bias, mean, invstd, None, ALONE, ops)
     stats = batch_statistics(input, num_features, weight, bias, eps, ALONE, ops)
     return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, ALONE, ops)
 
@@ -105,13 +103,19 @@ def _channels(input: Tensor, vectors: dict[str, Tensor | None]) -> int:
     return input.shape[1]
 
 
-def _check_vectors(vectors: dict[str, Tensor | None], num_features: int) -> None:
+def _check_vectors(
+    input: Tensor, vectors: dict[str, Tensor | None], num_features: int | None
+) -> int:
+    """Check what is per channel, and return C."""
+    if num_features is None:
+        num_features = _channels(input, vectors)
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (num_features,):
             raise ValueError(f"{name} must have shape ({num_features},), got {tuple(vector.shape)}")
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         missing = "running_mean" if vectors["running_mean"] is None else "running_var"
         raise ValueError(f"running_mean and running_var must be given together, got no {missing}")
+    return num_features
 
 
 @torch.no_grad()

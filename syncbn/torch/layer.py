@@ -15,6 +15,9 @@ from syncbn.torch.functional import sync_batch_norm
 from syncbn.torch.groups import ProcessGroupLike, check_group, portable
 from syncbn.torch.step import DTYPES
 
+# To torch.fx, a forward is one call of this function.
+torch.fx.wrap("sync_batch_norm")
+
 
 class SyncBatchNorm(_BatchNorm):
     """Batch normalization whose statistics are those of all ranks of a process group.

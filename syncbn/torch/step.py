@@ -7,7 +7,6 @@ joins it, with the mark FAIL, so that every rank raises and none waits (ERR-9).
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from syncbn import protocol
 from syncbn.contract import FLOATING, check_input_dtype, check_shape
+from syncbn.torch import layout
 from syncbn.torch.backends import Backend, may_sync_host, statistics_dtype
 from syncbn.torch.groups import Communicator
 
@@ -131,7 +131,7 @@ class _Normalize(torch.autograd.Function):
         ctx.communicator, ctx.backend = communicator, backend
         if not x.numel():
             return torch.empty_like(x)
-        return _restore(backend.normalize(_canonical(x, like=x), mean, invstd, weight, bias), x)
+        return _restore(backend.normalize(_rows(x, like=x), mean, invstd, weight, bias), x)
 
     @staticmethod
     @once_differentiable
@@ -139,7 +139,7 @@ class _Normalize(torch.autograd.Function):
         x, weight, bias, mean, invstd, n = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         backend: Backend = ctx.backend
-        x_rows, dy_rows = _canonical(x, like=x), _canonical(dy, like=x)
+        x_rows, dy_rows = _rows(x, like=x), _rows(dy, like=x)
         zero = torch.zeros_like(mean)
         sums = (zero, zero)
         if x.numel() and (n is not None or wants_weight or wants_bias):
@@ -166,7 +166,7 @@ def _message(x: Tensor, backend: Backend, mark: int) -> Tensor:
     count = x.numel() // x.shape[1]
     if not count:
         return _pack(torch.zeros(2, x.shape[1], device=x.device), 0, mark)
-    return _pack(torch.stack(backend.stats(_canonical(x, like=x))), count, mark)
+    return _pack(torch.stack(backend.stats(_rows(x, like=x))), count, mark)
 
 
 def _pack(mean_var: Tensor, count: int, mark: int) -> Tensor:
@@ -210,34 +210,12 @@ def _exchange_errors(
     return dict(zip(communicator.ranks, texts, strict=True))
 
 
-def _channels_last(x: Tensor) -> bool:
-    """Whether the channels of one place lie side by side, as in channels_last and slices of it."""
-    others = [x.stride(d) for d in range(x.dim()) if d != 1 and x.shape[d] > 1]
-    return not x.is_contiguous() and x.stride(1) == 1 and min(others, default=0) >= x.shape[1]
-
-
-def _canonical(t: Tensor, like: Tensor) -> Tensor:
-    """t (N, C, *S) in the memory order of `like`, as contiguous (R, C, S).
-
-    Contiguous input becomes (N, C, prod S), channels-last input (N prod S, C, 1), both without a
-    copy if they have no gaps; any other layout is copied to contiguous.
-    """
-    batch, channels, *spatial = t.shape
-    if _channels_last(like):
-        values, shape = t.movedim(1, -1), (batch * math.prod(spatial), channels, 1)
-    else:
-        values, shape = t, (batch, channels, math.prod(spatial))
-    # Flat in between, so that dimensions of size 1 have the usual strides, too: if those of x and
-    # dy differ, ATen takes a kernel that adds up bfloat16 values in bfloat16.
-    return values.contiguous().view(-1).view(shape)
+def _rows(t: Tensor, like: Tensor) -> Tensor:
+    """t in the memory order of `like`."""
+    return layout.to_rows(t, layout.is_channels_last(like))
 
 
 def _restore(rows: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_canonical`."""
-    if _channels_last(like):
-        batch, channels, *spatial = like.shape
-        result = rows.view(batch, *spatial, channels).movedim(-1, 1)
-    else:
-        result = rows.view(like.shape)
+    """A result in the shape and memory order of `like`."""
     # Not as a view, which the user could not change in place (ReLU(inplace=True)).
-    return result.data
+    return layout.from_rows(rows, like.shape, layout.is_channels_last(like)).data

@@ -109,9 +109,8 @@ class TestBackend:
 
     def test_no_float64(self, standing_in: Process) -> None:
         message = r"backend 'aten' has float64 on cuda only, got float64 on cpu: .*'composed'"
-        for training in (True, False):
-            with pytest.raises(TypeError, match=message):
-                standing_in(run_float64, training)
+        with pytest.raises(TypeError, match=message):
+            standing_in(run_float64)
 
     def test_compile(self, standing_in: Process) -> None:
         standing_in(check_compiled)
@@ -178,19 +177,20 @@ def sums_of(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return aten.reduce_grad(dy.unsqueeze(-1), x.unsqueeze(-1), torch.zeros(x.shape[1]))
 
 
-def run_float64(training: bool) -> None:
-    make_layer(backend="aten", dtype=torch.float64).train(training)(randn(5, 3).double())
+def run_float64() -> None:
+    make_layer(backend="aten", dtype=torch.float64)(randn(5, 3).double())
 
 
 class TestWithoutKernels:
-    @pytest.mark.parametrize("training", [True, False])
-    def test_on_cpu(self, training: bool) -> None:
+    @pytest.mark.parametrize("tracking", [True, False])
+    def test_on_cpu(self, tracking: bool) -> None:
+        """Eval without running statistics takes the backend, as training does."""
         message = (
             r"backend 'aten' has kernels for cuda and npu \(by torch_npu\), got a tensor on cpu: "
             r"move .* or choose backend='composed'"
         )
         with pytest.raises(RuntimeError, match=message):
-            make_layer(backend="aten").train(training)(randn(5, 3))
+            make_layer(backend="aten", track_running_stats=tracking).train(tracking)(randn(5, 3))
 
 
 class Calls(TorchDispatchMode):
