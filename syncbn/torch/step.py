@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncbn import protocol
 from syncbn.contract import FLOATING, check_input_dtype, check_shape
@@ -134,8 +133,12 @@ class _Normalize(torch.autograd.Function):
         return _restore(backend.normalize(_rows(x, like=x), mean, invstd, weight, bias), x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "SyncBatchNorm cannot be differentiated twice on the statistics of a batch: call "
+                "backward without create_graph=True"
+            )
         x, weight, bias, mean, invstd, n = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         backend: Backend = ctx.backend

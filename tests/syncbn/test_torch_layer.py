@@ -736,11 +736,15 @@ class TestAutograd:
         twice = torch.autograd.grad(y, x, randn(5, 3, seed=1))
         assert torch.equal(*once, *twice)
 
-    def test_double_backward(self) -> None:
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("constant", [True, False])
+    def test_double_backward(self, constant: bool, training: bool) -> None:
+        """Also with a constant dy, of which autograd sees no second derivative."""
         x = randn(5, 3).requires_grad_()
-        (dx,) = torch.autograd.grad(make_layer()(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            dx.sum().backward()
+        y = make_layer(track_running_stats=False).train(training)(x)
+        loss = y.sum() if constant else y.square().sum()
+        with pytest.raises(RuntimeError, match="SyncBatchNorm cannot be differentiated twice"):
+            torch.autograd.grad(loss, x, create_graph=True)
 
     @pytest.mark.parametrize("training", [True, False])
     def test_input_changed_before_backward(self, training: bool) -> None:
