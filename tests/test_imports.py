@@ -31,7 +31,7 @@ UNSHIPPED = ("audit", "tests", "benchmarks", "examples")
 FRAMEWORKS = ("torch", "torch_npu", "mindspore", "triton")
 
 # Small modules without a framework, which every part of syncbn may use.
-BASE = ("syncbn.contract", "syncbn.protocol", "syncbn.extras")
+BASE = ("syncbn.backends", "syncbn.contract", "syncbn.extras", "syncbn.protocol")
 
 
 class Rule(NamedTuple):
