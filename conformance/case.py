@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from syncbn.conformance import ConformanceError
 
-# What can be checked, beside expected errors; see syncbn.conformance.verdict.
+# What a case can check, except expected errors; see syncbn.conformance.verdict.
 CHECKS = (
     "y",
     "grad_input",
@@ -38,17 +38,21 @@ CHECKS = (
 )
 
 STATES = ("random", "initial", "negative")
+RECORDING = ("on", "no_grad", "inference_mode")
 
 Groups: TypeAlias = "tuple[tuple[int, ...], ...]"  # the ranks of each process group
 
 
 @dataclass(frozen=True)
 class Data:
-    """How an input is drawn: (z + ratio) * scale, z normal with a mean and spread per rank.
+    """How an input is drawn: (z + ratio) * scale, z normal with a mean and a spread per rank.
 
-    constant: z = 0. flat: the channels in which z is the mean of the rank, a constant on each.
+    ratio: the mean of the input in units of its spread.
+    scale: the spread of the input.
+    constant: z is 0.
+    flat: the channels in which z is constant on each rank, and differs between ranks.
     shared: z is cut from one batch that does not depend on the cut.
-    poison: pairs of a place [rank, n, c, ...] and "nan" or "inf".
+    poison: pairs of a place (rank, n, c, ...) and the value there, "nan", "inf" or "-inf".
     """
 
     ratio: float = 0.0
@@ -61,27 +65,48 @@ class Data:
 
 @dataclass(frozen=True)
 class ExpectedError:
-    """An error that the ranks at fault must raise, by the name of its type.
+    """An error in a step. The peers of a rank at fault must raise an error that names such a rank.
 
-    Their peers in the group must raise as well, anything that names a rank at fault.
+    type: the name of the exception type that the ranks at fault must raise.
+    ranks: the ranks at fault.
+    in_backward: whether the forward succeeds, so that the running statistics move.
     """
 
     type: str
     ranks: tuple[int, ...]
+    in_backward: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward, and one backward unless `backward` is false, on every rank that is present.
+    """One forward on every rank that is present, and one backward unless `backward` is false.
 
-    shapes holds each rank's input shape. dy_zero_sum takes its mean from dy, channel by channel;
-    paired repeats the first half of the batch as the second, with dy of the other sign, so that
-    dy is orthogonal to x and whatever is left of sum dy x is rounding. Layouts are contiguous,
-    channels_last, permuted, sliced or expanded, one for all ranks or one each; dtype likewise.
-    repeat: how often the same step is taken. reload: before it, the layer's checkpoint goes into a
-    new layer, which takes its place; with other process groups if `groups` names them. beside: a
-    second layer normalizes -x in a parallel branch, and one backward runs through both; grad_input
-    is that of the first.
+    A layout is contiguous, channels_last, permuted, sliced or expanded.
+
+    shapes: the shape of each rank's input.
+    mode: "train" or "eval".
+    dtype: of the input and of dy; one for all ranks, or one for each.
+    x: how the input is drawn.
+    dy_zero_sum: dy has the mean 0 in each channel of each rank.
+    paired: the second half of the batch repeats the first, with dy of the other sign; then dy is
+        orthogonal to x, and the computed sum of dy x is rounding alone.
+    layout: of the input; one for all ranks, or one for each.
+    dy_layout: of dy; one for all ranks, or one for each.
+    backward: whether a backward follows the forward.
+    frozen_input: the ranks that want no gradient of the input.
+    frozen_parameters: the ranks that want no gradients of the parameters.
+    present: the ranks that take the step; None is all.
+    recompute: the forward is checkpointed, so that the backward runs it again.
+    repeat: how often the same step is taken.
+    reload: a new layer takes over the checkpoint of the old one before the step.
+    groups: the process groups of that new layer, if they change.
+    beside: a second layer normalizes -x in a parallel branch, and one backward runs through both;
+        the results are those of the first.
+    error: the error that the step must raise.
+    attributes: attributes of the layer that are set before the step, as literals; they stay set.
+    recording: one of RECORDING, whether the forward is recorded for a backward.
+    autocast: the dtype of the mixed precision in which the forward runs; None for none.
+    lost: the ranks that cannot read in the backward what the forward saved for it.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -102,6 +127,10 @@ class Step:
     groups: Groups | None = None
     beside: bool = False
     error: ExpectedError | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    recording: str = "on"
+    autocast: str | None = None
+    lost: tuple[int, ...] = ()
 
     def dtype_of(self, rank: int) -> str:
         return self.dtype if isinstance(self.dtype, str) else self.dtype[rank]
@@ -122,15 +151,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Case:
-    """See the module. layer holds the constructor's arguments that are given, as literals.
+    """One question to a layer; see the module.
 
-    A literal is JSON, or {"float": "nan"}, or {"numpy": "int64", "value": 4}; dtypes are names.
-    groups lists the ranks of each process group; None builds the layer without one. A process_group
-    in layer, a list of rank ids, stands for the group of these ranks.
-    state is one of STATES: "initial" leaves the layer as it was constructed, "negative" is random,
-    but for a negative running_var in channel 0. ddp: the layer is wrapped in the framework's data
-    parallelism, which averages the gradients of its parameters over all ranks.
-    error is the name of the exception type that the constructor must raise.
+    A literal is a JSON value, {"float": "nan"}, or {"numpy": "int64", "value": 4}; a dtype is its
+    name.
+
+    clause: the clause of the contract that the case is about.
+    title: what the case does, in words; no part of the id.
+    ranks: the number of ranks.
+    layer: the arguments of the constructor that are given, as literals. A process_group in it is a
+        list of rank ids, and stands for the group of these ranks.
+    steps: what the ranks do, one after the other.
+    checks: what is judged; among CHECKS.
+    groups: the ranks of each process group; None builds the layer without a process_group.
+    state: one of STATES. "initial" leaves the layer as it was constructed; "random" draws
+        parameters and running statistics; "negative" is random with a negative running_var in
+        channel 0.
+    ddp: the layer is wrapped in the framework's data parallelism, which averages the gradients of
+        its parameters over all ranks.
+    error: the name of the exception type that the constructor must raise.
+    seed: of everything random.
+    deadline: seconds after which a rank hangs.
+    layers: pairs of a rank and the arguments in which its layer differs from `layer`.
     """
 
     clause: str
@@ -145,6 +187,7 @@ class Case:
     error: str | None = None
     seed: int = 0
     deadline: float = 20.0
+    layers: tuple[tuple[int, dict[str, Any]], ...] = ()
 
     @property
     def num_features(self) -> int:
@@ -174,9 +217,22 @@ class Case:
 
     @property
     def dtypes(self) -> set[str]:
-        """Of the parameters and of every rank's input in every step."""
+        """The dtypes of all parameters, and of every rank's input in every step."""
         inputs = {step.dtype_of(rank) for step in self.steps for rank in range(self.ranks)}
-        return inputs | {self.parameter_dtype}
+        return inputs | {self.of_rank(rank).parameter_dtype for rank in range(self.ranks)}
+
+    def of_rank(self, rank: int) -> Case:
+        """The case with the layer of a rank as the layer of all."""
+        own = dict(self.layers).get(rank, {})
+        return replace(self, layer=self.layer | own, layers=()) if self.layers else self
+
+    def attributes_at(self, index: int) -> dict[str, Any]:
+        """The attributes of the layer that have been set when a step begins."""
+        return {
+            name: value
+            for step in self.steps[: index + 1]
+            for name, value in step.attributes.items()
+        }
 
     def groups_at(self, index: int) -> Groups | None:
         """The process groups that the layer is built with, as of a step."""
@@ -237,7 +293,7 @@ def _step(fields: dict[str, Any]) -> Step:
         fields["x"] = Data(**{key: _tuples(v, key) for key, v in fields["x"].items()})
     if fields.get("error"):
         error = fields["error"]
-        fields["error"] = ExpectedError(error["type"], tuple(error["ranks"]))
+        fields["error"] = ExpectedError(**{key: _tuples(v, key) for key, v in error.items()})
     return Step(**{key: _tuples(v, key) for key, v in fields.items()})
 
 
@@ -254,6 +310,12 @@ def _validate(case: Case) -> None:
             raise CaseError(
                 f"every step must have one shape per rank ({case.ranks}), got {len(step.shapes)}"
             )
+        if step.recording not in RECORDING:
+            raise CaseError(
+                f"recording must be one of {', '.join(RECORDING)}, got {step.recording!r}"
+            )
+        if step.recording != "on" and step.backward:
+            raise CaseError(f"backward must be false in step {index}, which does not record")
         if {r for r in range(case.ranks) if case.group_of(r, index) is not None} != grouped:
             raise CaseError(
                 f"groups must hold the same ranks in every step, got {step.groups} in step {index}"

@@ -31,7 +31,7 @@ Expectations: TypeAlias = "list[list[Expected | None]]"
 
 def expect(case: Case) -> Expectations:
     results: Expectations = [[None] * len(case.steps) for _ in range(case.ranks)]
-    layers = dict.fromkeys(range(case.ranks), _layer(case))  # ranks with one past share one layer
+    layers = _layers(case)
     with np.errstate(all="ignore"):  # poisoned and overflowing cases are meant to
         for index, step in enumerate(case.steps):
             groups = case.groups_at(index) or (tuple(range(case.ranks)),)
@@ -43,6 +43,13 @@ def expect(case: Case) -> Expectations:
                         if layers[rank] is layer:
                             results[rank][index] = expected
     return results
+
+
+def _layers(case: Case) -> dict[int, SyncBatchNorm]:
+    """The layer of each rank before the first step. Ranks whose layers are alike share one."""
+    alike = _layer(case)
+    differ = {rank: _layer(case.of_rank(rank)) for rank, _ in case.layers}
+    return dict.fromkeys(range(case.ranks), alike) | differ
 
 
 def _layer(case: Case) -> SyncBatchNorm:
@@ -78,12 +85,15 @@ def _step(
     step = case.steps[index]
     ranks = [rank for rank in group if step.takes_part(rank)]
     values: dict[int, dict[str, Bounded | None]] = {rank: {} for rank in ranks}
-    if ranks and not case.fails(index, ranks[0]):
+    fails = bool(ranks) and case.fails(index, ranks[0])
+    if ranks and (not fails or (step.error and step.error.in_backward)):
+        _set_attributes(layer, case, index)
         shards = [data.shard(case, index, rank) for rank in ranks]
         training = step.mode == "train"
         passes = step.repeat * (2 if step.recompute else 1)  # backward runs the forward again
         for _ in range(passes):
             ys = layer.forward(shards, training, step.dtype_of(ranks[0]))
+    if ranks and not fails:
         for rank, y in zip(ranks, ys, strict=True):
             values[rank]["y"] = y
         if step.backward:
@@ -99,10 +109,25 @@ def _step(
                     "grad_weight": gradients.weight if wants_parameters else None,
                     "grad_bias": gradients.bias if wants_parameters else None,
                 }
-    tracked = case.track_running_stats
-    running = {
-        "running_mean": layer.running_mean if tracked else None,
-        "running_var": layer.running_var if tracked else None,
+    return {rank: _with_running(values[rank], case.of_rank(rank), layer) for rank in ranks}
+
+
+def _set_attributes(layer: SyncBatchNorm, case: Case, index: int) -> None:
+    """Give the layer the attributes that it has in a step (CTOR-6)."""
+    given = case.attributes_at(index)
+    layer.eps = given.get("eps", case.eps)
+    layer.momentum = given.get("momentum", case.momentum)
+    # Buffers that a layer has are used in eval, whether or not training moves them.
+    moves = case.steps[index].mode == "eval" or given.get("track_running_stats", True)
+    layer.track_running_stats = case.track_running_stats and moves
+
+
+def _with_running(values: dict[str, Bounded | None], case: Case, layer: SyncBatchNorm) -> Expected:
+    """The values of a step, and the running statistics after it."""
+    if not case.track_running_stats:
+        return Expected(values | {"running_mean": None, "running_var": None}, None)
+    running: dict[str, Bounded | None] = {
+        "running_mean": layer.running_mean,
+        "running_var": layer.running_var,
     }
-    count = layer.num_batches_tracked if tracked else None
-    return {rank: Expected(values[rank] | running, count) for rank in ranks}
+    return Expected(values | running, layer.num_batches_tracked)

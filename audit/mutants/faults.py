@@ -926,6 +926,93 @@ class HidesIdleRanks(Fault):
         return super().pack(x, BACKWARD)
 
 
+# --- attributes and contexts --------------------------------------------------------------------
+
+
+class EpsOfConstruction(Fault):
+    """An eps that is set after construction has no effect.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("CTOR-6",)
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        if name != "eps":
+            super().set_attribute(name, value)
+
+
+class MomentumOfConstruction(Fault):
+    """A momentum that is set after construction has no effect.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("CTOR-6",)
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        if name != "momentum":
+            super().set_attribute(name, value)
+
+
+class TrackingOfConstruction(Fault):
+    """A track_running_stats that is set after construction has no effect.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("CTOR-6",)
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        if name != "track_running_stats":
+            super().set_attribute(name, value)
+
+
+class ForgetsUnrecordedSteps(Fault):
+    """Under no_grad, training does not move the running statistics.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-8",)
+
+    def track(self, state: State, stats: Statistics) -> None:
+        if self.context != "no_grad":
+            super().track(state, stats)
+
+
+class LocalInInferenceMode(Fault):
+    """In inference mode, each rank trains with its own statistics.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-8",)
+    frameworks = ("torch",)  # MindSpore has no inference mode
+
+    def exchange(self, *step: Any) -> Array:
+        table = super().exchange(*step)
+        own = self.communicator.ranks.index(self.communicator.rank)
+        return table[own : own + 1] if self.context == "inference_mode" else table
+
+
+class RoundsInAutocast(Fault):
+    """In autocast, the output is rounded to the precision of bfloat16.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-8",)
+    frameworks = ("torch",)  # the wrapper of MindSpore does not see the mixed precision
+
+    def normalize(self, *arguments: Any) -> Array:
+        y = super().normalize(*arguments)
+        if self.context != "autocast":
+            return y
+        mantissa, exponent = np.frexp(y)
+        return np.ldexp(np.round(mantissa * 2**8) / 2**8, exponent).astype(y.dtype)
+
+
 def _channels_last(x: Array) -> bool:
     return x.ndim > 2 and x.shape[1] > 1 and x.strides[1] == x.itemsize
 

@@ -109,6 +109,9 @@ class Plain:
     keeps_format = True
     keeps_gradient_format = True
 
+    # What the forward runs in, as a wrapper tells it: "", "no_grad", "inference_mode", "autocast".
+    context = ""
+
     def __init__(
         self,
         num_features: Any,
@@ -125,6 +128,10 @@ class Plain:
         self.affine: bool = affine
         self.track_running_stats: bool = track_running_stats
         self.parameter_dtype = parameter_dtype
+
+    def set_attribute(self, name: str, value: Any) -> None:
+        """Set eps, momentum or track_running_stats after construction."""
+        setattr(self, name, value)
 
     def forward(
         self,
@@ -192,7 +199,7 @@ class Plain:
         table = self.exchange(x, dtype, communicator, differentiates)
         stats = self.combine_table(table, x.dtype)
         self.check_count(stats.n)
-        if self.track_running_stats:
+        if self.track_running_stats and state.running_mean is not None:
             self.track(state, stats)
         return stats
 
@@ -200,8 +207,7 @@ class Plain:
         self, x: Array, state: State, communicator: Communicator
     ) -> tuple[Statistics, Communicator | None]:
         """The running statistics; without them, the statistics of this rank's input."""
-        if self.track_running_stats:
-            assert state.running_mean is not None
+        if state.running_mean is not None:
             assert state.running_var is not None
             return Statistics(state.running_mean, state.running_var, n=0), None
         return self.combine_table(self.pack(x, NOTHING)[np.newaxis], x.dtype), Alone()

@@ -70,6 +70,7 @@ class SyncBatchNorm(Wrapper, nn.Cell):
         tensors = (x, self.weight, self.bias)
         wanted = any(tensor is not None and tensor._requires_grad for tensor in tensors)
         differentiates = wanted and _pynative_executor.requires_grad()
+        self.plain.context = "" if _pynative_executor.enable_grad() else "no_grad"
         return _Function(self, differentiates)(*tensors)
 
     @staticmethod

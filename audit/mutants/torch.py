@@ -65,6 +65,7 @@ class SyncBatchNorm(Wrapper, nn.Module):
         tensors = (input, self.weight, self.bias)
         wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
         differentiates = torch.is_grad_enabled() and wanted
+        self.plain.context = _context()
         y: Tensor = _Function.apply(*tensors, self, differentiates)
         return y
 
@@ -149,6 +150,14 @@ def _communicator(process_group: dist.ProcessGroup | None) -> Communicator:
     group = dist.group.WORLD if process_group is None else process_group
     assert group is not None
     return _GroupCommunicator(group) if dist.get_world_size(group) > 1 else Alone()
+
+
+def _context() -> str:
+    if torch.is_inference_mode_enabled():
+        return "inference_mode"
+    if not torch.is_grad_enabled():
+        return "no_grad"
+    return "autocast" if torch.is_autocast_enabled("cpu") else ""
 
 
 def _name(dtype: torch.dtype) -> str:

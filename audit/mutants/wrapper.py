@@ -23,6 +23,14 @@ def mutant_layer(name: str, base: type[_Layer]) -> type[_Layer]:
     return type(name, (base,), {"default": name})
 
 
+def _live(name: str) -> property:
+    """An attribute of the layer that is an attribute of `plain`."""
+    return property(
+        lambda layer: getattr(layer.plain, name),
+        lambda layer, value: layer.plain.set_attribute(name, value),
+    )
+
+
 class Wrapper:
     """A base class of layers: it runs `plain` on the tensors of the layer.
 
@@ -38,6 +46,10 @@ class Wrapper:
     running_mean: Any
     running_var: Any
     num_batches_tracked: Any
+
+    eps = _live("eps")
+    momentum = _live("momentum")
+    track_running_stats = _live("track_running_stats")
 
     @staticmethod
     def to_array(tensor: Any) -> Array:

@@ -1,13 +1,16 @@
-"""The output of training: FWD-1 to FWD-7."""
+"""The output of training: FWD-1 to FWD-8."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 from syncbn.conformance.case import Data, Step
 from syncbn.conformance.cases.build import (
+    GRADIENTS,
     MOVED,
+    RUNNING,
     Draft,
     Shapes,
     asks,
@@ -16,7 +19,9 @@ from syncbn.conformance.cases.build import (
     even,
     groupings,
     holes,
+    products,
     ragged,
+    titled,
     uneven,
 )
 
@@ -124,3 +129,26 @@ def layouts(ranks: int) -> Iterator[Draft]:
         step = Step(shapes, layout="channels_last", backward=False)
         layer = {"num_features": channels}
         yield case(f"channels_last, {channels} channels", step, layer=layer, checks=("y",))
+
+
+@asks("FWD-8")
+def contexts(ranks: int) -> Iterator[Draft]:
+    shapes = uneven(ranks, 3, 4)
+    checks = ("y", *RUNNING, "num_batches_tracked", "format")
+    for recording, mode in product(("no_grad", "inference_mode"), ("train", "eval")):
+        quiet = Step(shapes, mode=mode, backward=False, recording=recording)
+        # The recorded step after it shows whether the buffers are still what they were.
+        yield case(f"{recording}, {mode}", quiet, Step(shapes), checks=checks)
+    for recording in ("no_grad", "inference_mode"):
+        quiet = Step(shapes, backward=False, recording=recording)
+        layer = {"track_running_stats": False}
+        title = f"{recording}, track_running_stats=False"
+        yield case(title, quiet, layer=layer, checks=("y", "format"))
+    for chosen in products(
+        autocast=("bfloat16", "float16"), dtype=("float32", "the same"), mode=("train", "eval")
+    ):
+        autocast = chosen["autocast"]
+        dtype = autocast if chosen["dtype"] == "the same" else chosen["dtype"]
+        step = Step(shapes, mode=chosen["mode"], dtype=dtype, autocast=autocast)
+        title = titled(autocast=autocast, input=dtype, mode=chosen["mode"])
+        yield case(title, step, step, checks=(*checks, *GRADIENTS))

@@ -115,11 +115,20 @@ class Rank(ABC):
     def take(
         self, layer: Any, beside: Any, x: Any, dy: Any, step: Step, counting: bool
     ) -> tuple[dict[str, Any], list[int]]:
-        """One forward, and one backward unless dy is None; of `beside` as well if there is one.
+        """One forward, and one backward unless dy is None.
 
-        Returns the tensors `y`, `grad_input` and `grad_NAME` of each parameter, None where there
-        is none, and `grad_input_format`, whether the gradient is channels_last as it leaves the
-        layer; and if counting, how many collectives the forward and the backward issued.
+        Args:
+            layer: the layer, or the layer in data parallelism.
+            beside: a second layer in a parallel branch, or None.
+            x: the input.
+            dy: the gradient of the loss in y.
+            step: the step of the case, for its mode and what else is special about it.
+            counting: whether to count collectives.
+
+        Returns:
+            The tensors `y`, `grad_input` and `grad_NAME` of each parameter, None where there is
+            none, and `grad_input_format`, whether the gradient is channels_last as it leaves the
+            layer; then, if counting, the numbers of collectives of the forward and the backward.
         """
 
     def unsupported(self, case: Case) -> str | None:
@@ -141,6 +150,7 @@ class Rank(ABC):
         os.environ["SYNCBN_DEBUG"] = str(int(any(step.error for step in case.steps)))
         if reason := self.unsupported(case):
             return {"unsupported": reason}, {}
+        case = case.of_rank(self.rank)
         answer, arrays = self._run(case)
         if "repeatable" in case.checks:
             again = self._run(case)[1]
@@ -180,6 +190,7 @@ class Rank(ABC):
                 continue
             if step.reload or step.groups:
                 layer = self._reload(layer, case, index)
+            self._set_attributes(layer, step.attributes)
             facts = self._step(layer, case, index, arrays)
             answer["steps"].append(facts)
             if "error" in facts and not case.fails(index, self.rank):
@@ -195,7 +206,12 @@ class Rank(ABC):
         """A new layer in the process groups of the step, with the checkpoint of the old one."""
         fresh = self._build(case, index)
         self.load_state(fresh, self.state(layer))
+        self._set_attributes(fresh, case.attributes_at(index))
         return fresh
+
+    def _set_attributes(self, layer: Any, attributes: dict[str, Any]) -> None:
+        for name, value in attributes.items():
+            setattr(layer, name, self._literal(name, value))
 
     def _build(self, case: Case, index: int = 0) -> Any:
         arguments = {name: self._literal(name, value) for name, value in case.layer.items()}

@@ -129,6 +129,12 @@ class MindSporeRank(Rank):
             return reason
         if case.ddp:
             return "the suite has no data parallelism of MindSpore, which has none on CPU"
+        if any(step.lost for step in case.steps):
+            return "the suite cannot make a backward of MindSpore fail"
+        if any(step.recording == "inference_mode" for step in case.steps):
+            return "MindSpore has no inference mode"
+        if self.mode == "graph" and any(step.recording != "on" for step in case.steps):
+            return "a graph of MindSpore records what is differentiated, and has no other switch"
         if self.mode == "graph" and any(step.recompute for step in case.steps):
             return "in a graph MindSpore recomputes operations, not the forward of a layer"
         if self.mode == "graph" and any(_idles(case, step) for step in case.steps):
@@ -174,11 +180,16 @@ class MindSporeRank(Rank):
             beside.update_parameters_name("beside.")  # in a graph, as in a network, names differ
         weights = learned if wants_parameters else []
         position = 0 if wants_input and x.is_floating_point() else None
+        module = layer
+        if step.autocast:
+            module = ms.amp.auto_mixed_precision(
+                _Network(layer), "auto", getattr(ms, step.autocast)
+            )
         recomputing, loss, compiled = step.recompute, self.loss, self.mode == "graph"
 
         # Plain functions of tensors, for in graph mode they are compiled.
         def forward(x: Tensor) -> Tensor:
-            return ms.recompute(layer, x) if recomputing else layer(x)
+            return ms.recompute(module, x) if recomputing else module(x)
 
         def with_loss(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
             if compiled:
@@ -193,7 +204,8 @@ class MindSporeRank(Rank):
 
         in_forward = _count_aside(layer, lambda: forward(x)) if counting else 0
         if dy is None or (position is None and not weights):
-            y = forward(x)
+            with ms._no_grad() if step.recording == "no_grad" else contextlib.nullcontext():
+                y = forward(x)
             y.asnumpy()  # a graph runs by itself: its errors come out when somebody waits for it
             return {"y": y}, [in_forward]
         both = ms.value_and_grad(with_loss, position, weights or None, has_aux=True)
@@ -226,6 +238,17 @@ def _idles(case: Case, step: Step) -> bool:
     if case.affine:
         idle.intersection_update(step.frozen_parameters)
     return step.backward and not idle.isdisjoint(at_fault)
+
+
+class _Network(nn.Cell):
+    """A network of one layer, whose parameters keep their names."""
+
+    def __init__(self, layer: nn.Cell) -> None:
+        super().__init__(auto_prefix=False)
+        self.layer = layer
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.layer(x)
 
 
 class _Loss(nn.Cell):

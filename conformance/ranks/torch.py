@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import (  # type: ignore[attr-defined]  # public, but not marked so
     PrefixStore,
     TCPStore,
@@ -130,7 +132,8 @@ class TorchRank(Rank):
             y: Tensor = checkpoint(layer, x, use_reentrant=False) if step.recompute else layer(x)
             return [y, *(beside(branch) for branch in branches if beside)]
 
-        ys, collectives = _count(forward, counting)
+        with self._around_forward(step):
+            ys, collectives = _count(forward, counting)
         if dy is not None:
             gradients = [dy] * len(ys)
             _, in_backward = _count(lambda: torch.autograd.backward(ys, gradients), counting)
@@ -141,6 +144,20 @@ class TorchRank(Rank):
         found["grad_input_format"] = formats[-1] if formats else None
         return {"y": ys[0], "grad_input": x.grad, **found}, collectives
 
+    def _around_forward(self, step: Step) -> contextlib.ExitStack:
+        """The contexts in which the forward runs."""
+        stack = contextlib.ExitStack()
+        if step.recording == "no_grad":
+            stack.enter_context(torch.no_grad())
+        if step.recording == "inference_mode":
+            stack.enter_context(torch.inference_mode())
+        if step.autocast:
+            dtype = getattr(torch, step.autocast)
+            stack.enter_context(torch.autocast(self.device.type, dtype))
+        if self.rank in step.lost:
+            stack.enter_context(saved_tensors_hooks(lambda tensor: tensor, _lose))
+        return stack
+
     def unsupported(self, case: Case) -> str | None:
         if "process_group" in case.layer and not self.rank_ids:
             return _RANK_IDS
@@ -148,6 +165,10 @@ class TorchRank(Rank):
 
     def is_channels_last(self, tensor: Tensor) -> bool:
         return tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()
+
+
+def _lose(tensor: Tensor) -> Tensor:
+    raise RuntimeError("a tensor that was saved for the backward is lost")
 
 
 def _device(name: str, local_rank: int) -> torch.device:

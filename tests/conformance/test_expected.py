@@ -191,3 +191,51 @@ def test_of_a_failing_step_only_the_state_is_expected() -> None:
         assert_running(one, rank, 1, moved(one, GROUPS[0], [1]))
     for rank in GROUPS[1]:
         assert {"y", *GRADIENTS} < set(at(one, rank).values)
+
+
+def test_an_error_in_the_backward_comes_after_the_statistics_have_moved() -> None:
+    bad = replace(STEP, error=ExpectedError("Exception", (0,), in_backward=True), lost=(0,))
+    one = case(bad, STEP, groups=GROUPS)
+    for rank in GROUPS[0]:
+        assert set(at(one, rank).values) == {"running_mean", "running_var"}
+        assert_running(one, rank, 0, moved(one, GROUPS[0], [0]))
+        assert_running(one, rank, 1, moved(one, GROUPS[0], [0, 1]))
+        assert at(one, rank, 1).num_batches_tracked == 2
+
+
+def test_attributes_are_set_before_their_step_and_stay() -> None:
+    one = case(STEP, replace(STEP, attributes={"eps": 0.5, "momentum": 1.0}), STEP)
+    built = case(layer={"eps": 0.5})
+    np.testing.assert_array_equal(value(one, "y", 0), value(case(), "y", 0))
+    for index in (1, 2):
+        mean, var, n = moments(one, index, tuple(range(RANKS)))
+        assert_running(one, 0, index, [mean, var * n / (n - 1)])
+        x = np.moveaxis(data.shard(one, index, 0), 1, -1)
+        state = data.initial_state(built)
+        y = (x - mean) / np.sqrt(var + 0.5) * state["weight"] + state["bias"]
+        np.testing.assert_allclose(value(one, "y", 0, index), np.moveaxis(y, -1, 1), rtol=1e-9)
+
+
+def test_statistics_that_are_no_longer_tracked_stay_and_serve_in_eval() -> None:
+    off = replace(STEP, attributes={"track_running_stats": False})
+    evaluate, on = replace(STEP, mode="eval"), {"track_running_stats": True}
+    one = case(STEP, off, evaluate, replace(STEP, attributes=on))
+    everyone = tuple(range(RANKS))
+    for index in (1, 2):
+        assert_running(one, 0, index, moved(one, everyone, [0]))
+        assert at(one, 0, index).num_batches_tracked == 1
+    assert_running(one, 0, 3, moved(one, everyone, [0, 3]))
+    state, (mean, var) = data.initial_state(one), moved(one, everyone, [0])
+    x = np.moveaxis(data.shard(one, 2, 0), 1, -1)
+    y = (x - mean) / np.sqrt(var + 1e-5) * state["weight"] + state["bias"]
+    np.testing.assert_allclose(value(one, "y", 0, 2), np.moveaxis(y, -1, 1), rtol=1e-9)
+
+
+def test_each_rank_has_its_own_layer_where_they_differ() -> None:
+    bad = replace(STEP, error=ExpectedError("Exception", (1,)))
+    one = case(bad, layers=((1, {"num_features": 5}), (2, {"track_running_stats": False})))
+    assert_running(one, 0, 0, moved(one, (), []))
+    assert_running(one, 1, 0, moved(one.of_rank(1), (), []))
+    assert value(one, "running_mean", 1).shape == (5,)
+    assert at(one, 2).values == {"running_mean": None, "running_var": None}
+    assert at(one, 2).num_batches_tracked is None
