@@ -48,12 +48,17 @@ def operations(library: Path = LIBRARY) -> Operations:
         )
 
     def launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
-        kernel = getattr(loaded, variant.symbol)
-        words = [word for argument in (None, None, *arguments) for word in _words(argument)]
-        for program in range(programs):
-            kernel(*words, *map(ctypes.c_int32, (programs, 1, 1, program, 0, 0)))
+        call(loaded, variant, programs, arguments)
 
     return Operations(launch, _machine)
+
+
+def call(library: ctypes.CDLL, variant: Variant, programs: int, arguments: list[Any]) -> None:
+    """Run the programs of a kernel of the library, one after the other."""
+    kernel = getattr(library, variant.symbol)
+    words = [word for argument in (None, None, *arguments) for word in _words(argument)]
+    for program in range(programs):
+        kernel(*words, *map(ctypes.c_int32, (programs, 1, 1, program, 0, 0)))
 
 
 def _words(argument: Any) -> list[Any]:

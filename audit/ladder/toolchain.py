@@ -79,7 +79,7 @@ def bishengir_compile() -> str:
 
 
 def llvm(tool: str) -> str:
-    """mlir-opt, mlir-translate or llc."""
+    """mlir-opt, mlir-translate, opt or llc."""
     return str(_there(_LLVM / "usr" / "lib" / "llvm-19" / "bin" / tool))
 
 

@@ -40,22 +40,34 @@ _PASSES = (
     "--reconcile-unrealized-casts",
 )
 
+# Calls at every load, store and copy; by itself the pass leaves out a read before a write to the
+# same address, and adds calls at the ends of functions.
+_COUNTING = (
+    "-passes=tsan",
+    "-tsan-instrument-read-before-write",
+    "-tsan-instrument-func-entry-exit=false",
+)
+
 # What compiled MLIR calls: a copy between two memrefs of one rank with any strides, each given by
 # its descriptor (allocated, aligned, offset, sizes[rank], strides[rank]); and a conversion to
 # bfloat16, rounding to nearest even, which C libraries have only of late.
-_RUNTIME = """
+_HEADERS = """
 #include <stdint.h>
 #include <string.h>
-
+"""
+_PLAIN_COPY = """
+#define move memcpy
+"""
+_RUNTIME = """
 const char *twin_sources = "%s";
 
 typedef struct { int64_t rank; int64_t *descriptor; } unranked;
 
 static void copy(int64_t bytes, int64_t rank, const char *from, const int64_t *from_strides,
                  char *to, const int64_t *to_strides, const int64_t *sizes) {
-  if (rank == 0) { memcpy(to, from, bytes); return; }
+  if (rank == 0) { move(to, from, bytes); return; }
   if (rank == 1 && from_strides[0] == 1 && to_strides[0] == 1) {
-    memcpy(to, from, bytes * sizes[0]);
+    move(to, from, bytes * sizes[0]);
     return;
   }
   for (int64_t i = 0; i < sizes[0]; i++)
@@ -85,26 +97,29 @@ class NotCompiled(Exception):
     """One of the tools did not take its input."""
 
 
-def build(lowered: dict[str, str], sources: str, library: Path) -> None:
+def build(lowered: dict[str, str], sources: str, library: Path, counters: str = "") -> None:
     """Compile linalg modules of one function each into a library, each under its key's name.
 
     Args:
         sources: what the library says that it was made from.
+        counters: C code of the functions that every load, store and copy shall call, see `traffic`;
+            by default none is called.
     """
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         work = Path(folder)
         with ThreadPoolExecutor() as threads:  # waiting for the tools, which use the processors
-            made_of = [threads.submit(_object, *item, work) for item in lowered.items()]
+            counted = bool(counters)
+            made_of = [threads.submit(_object, *item, work, counted) for item in lowered.items()]
             objects = [future.result() for future in made_of]
-        (work / "runtime.c").write_text(_RUNTIME % sources)
+        (work / "runtime.c").write_text(_HEADERS + (counters or _PLAIN_COPY) + _RUNTIME % sources)
         made = work / "twin.so"
         c = [toolchain.c_compiler(), "-O2", "-shared", "-fPIC", "-o", str(made)]
         _run(*c, str(work / "runtime.c"), *map(str, objects), "-lm")
         made.rename(library)
 
 
-def _object(symbol: str, linalg: str, work: Path) -> Path:
+def _object(symbol: str, linalg: str, work: Path, counted: bool) -> Path:
     source, dialect, ir, made = (work / f"{symbol}{end}" for end in (".mlir", ".llvm", ".ll", ".o"))
     linalg = re.sub(r"(func\.func\s+@)\w+", rf"\g<1>{symbol}", linalg)
     source.write_text(linalg.replace(" {hivm.unlikely_condition}", ""))
@@ -113,6 +128,10 @@ def _object(symbol: str, linalg: str, work: Path) -> Path:
     # A function that MLIR adds to modules, and would be there several times in one library.
     public = "define void @dealloc_helper"
     ir.write_text(ir.read_text().replace(public, public.replace("define", "define internal")))
+    if counted:
+        text = re.sub(rf"(define void @{symbol}\(.*\)) {{", r"\1 sanitize_thread {", ir.read_text())
+        ir.write_text(text)
+        _run(toolchain.llvm("opt"), *_COUNTING, "-S", str(ir), "-o", str(ir))
     options = ("-O2", "-filetype=obj", "-relocation-model=pic")
     _run(toolchain.llvm("llc"), *options, str(ir), "-o", str(made))
     return made

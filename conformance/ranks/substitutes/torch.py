@@ -28,18 +28,21 @@ _ANY = (*_HALF_OR_SINGLE, torch.bfloat16)
 _COUNTERS = (torch.int32, *_HALF_OR_SINGLE)
 
 
+KERNELS = (
+    "batch_norm_stats",
+    "batch_norm_gather_stats_with_counts",
+    "batch_norm_elemt",
+    "batch_norm_backward_reduce",
+    "batch_norm_backward_elemt",
+)
+
+
 @functools.cache
 def install() -> Library:
     """Register the five operations for CPU tensors, for as long as this process lives."""
     library = Library("aten", "IMPL")
-    for kernel in (
-        batch_norm_stats,
-        batch_norm_gather_stats_with_counts,
-        batch_norm_elemt,
-        batch_norm_backward_reduce,
-        batch_norm_backward_elemt,
-    ):
-        library.impl(kernel.__name__, kernel, "CPU")
+    for name in KERNELS:
+        library.impl(name, globals()[name], "CPU")
     return library
 
 
