@@ -22,7 +22,12 @@ SINGLE_VALUE = (
 
 
 def check_arguments(
-    num_features: Any, eps: Any, momentum: Any, affine: Any, track_running_stats: Any
+    num_features: Any,
+    eps: Any,
+    momentum: Any,
+    affine: Any,
+    track_running_stats: Any,
+    bias: Any = True,
 ) -> None:
     """Check what every SyncBatchNorm constructor takes.
 
@@ -33,10 +38,11 @@ def check_arguments(
             cumulative average.
         affine: whether there are a learnable weight and bias.
         track_running_stats: whether there are running statistics.
+        bias: whether an affine layer has a bias.
 
     Raises:
         TypeError: num_features is not an int (ERR-1), eps is not a float (ERR-2), momentum is
-            not a number, affine or track_running_stats is not a bool (ERR-8).
+            not a number, affine, track_running_stats or bias is not a bool (ERR-8).
         ValueError: num_features < 1 (ERR-3), momentum is not in [0, 1] (ERR-4), eps is
             negative or NaN (ERR-8).
     """
@@ -54,7 +60,8 @@ def check_arguments(
             raise TypeError(f"momentum must be a number or None, got {_show(momentum)}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
-    for name, flag in (("affine", affine), ("track_running_stats", track_running_stats)):
+    flags = {"affine": affine, "track_running_stats": track_running_stats, "bias": bias}
+    for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {_show(flag)}")
 

@@ -5,7 +5,14 @@ from syncbn.extras import require
 require("syncbn.torch", "torch", "torch")
 
 from syncbn.torch import functional
+from syncbn.torch.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.torch.groups import create_group
 from syncbn.torch.layer import SyncBatchNorm
 
-__all__ = ["SyncBatchNorm", "create_group", "functional"]
+__all__ = [
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
+    "create_group",
+    "functional",
+    "revert_sync_batchnorm",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from syncbn.torch import backends
 from syncbn.torch.functional import sync_batch_norm
 from syncbn.torch.groups import ProcessGroupLike, check_group, portable
 from syncbn.torch.step import DTYPES
+
+_ModuleT = TypeVar("_ModuleT", bound=torch.nn.Module)
 
 # To torch.fx, a forward is one call of this function.
 torch.fx.wrap("sync_batch_norm")
@@ -38,6 +40,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: weight of the newest batch in the running statistics, in [0, 1]; None for their
             cumulative average.
         affine: whether weight (ones) and bias (zeros), of shape (C,), are learned.
+        bias: False leaves out the bias, with affine=True.
         track_running_stats: whether to keep running_mean (zeros), running_var (ones) and
             num_batches_tracked (0) for eval. Without them, eval normalizes each rank's input with
             its own statistics.
@@ -61,6 +64,11 @@ class SyncBatchNorm(_BatchNorm):
         RuntimeError, PeerError: in forward, see `syncbn.torch.functional.sync_batch_norm`.
     """
 
+    # Of a layer that was converted, and so never constructed.
+    process_group: ProcessGroupLike = None
+    backend: str = "auto"
+    _converted_from: type[_BatchNorm] | None = None
+
     def __init__(
         self,
         num_features: int,
@@ -71,10 +79,11 @@ class SyncBatchNorm(_BatchNorm):
         process_group: ProcessGroupLike = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         device: torch.device | str | int | None = None,
         backend: str = "auto",
     ) -> None:
-        check_arguments(num_features, eps, momentum, affine, track_running_stats)
+        check_arguments(num_features, eps, momentum, affine, track_running_stats, bias)
         check_dtype(dtype, DTYPES)
         check_group(process_group)
         backends.load(backend)  # to refuse one that is not there before the first step
@@ -87,6 +96,8 @@ class SyncBatchNorm(_BatchNorm):
             device=device,
             dtype=torch.float32 if dtype is None else dtype,
         )
+        if not bias:
+            self.register_parameter("bias", None)  # before torch 2.13 the base has no such argument
         self.process_group = process_group
         self.backend = backend
 
@@ -106,6 +117,31 @@ class SyncBatchNorm(_BatchNorm):
             num_batches_tracked=self.num_batches_tracked if tracking else None,
             backend=self.backend,
         )
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: _ModuleT, process_group: ProcessGroupLike = None
+    ) -> _ModuleT:
+        """See `syncbn.torch.convert.convert_sync_batchnorm`."""
+        from syncbn.torch import convert  # which imports this module
+
+        return convert.convert_sync_batchnorm(module, process_group)
+
+    @classmethod
+    def revert_sync_batchnorm(
+        cls, module: _ModuleT, batch_norm: type[_BatchNorm] | None = None
+    ) -> _ModuleT:
+        """See `syncbn.torch.convert.revert_sync_batchnorm`."""
+        from syncbn.torch import convert
+
+        return convert.revert_sync_batchnorm(module, batch_norm)
 
     def extra_repr(self) -> str:
         backend = "" if self.backend == "auto" else f", backend={self.backend!r}"

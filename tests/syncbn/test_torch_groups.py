@@ -23,7 +23,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncbn.torch import SyncBatchNorm, create_group
+from syncbn.torch import (
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    create_group,
+    revert_sync_batchnorm,
+)
 from syncbn.torch.groups import Communicator
 from tests.syncbn.torch_layers import (
     assert_step,
@@ -147,6 +152,19 @@ def a_copy_shares_the_group(rank: int) -> None:
         assert clone.weight is not layer.weight
         assert torch.equal(layer(randn(5, 3, seed=rank)), clone(randn(5, 3, seed=rank)))
         assert_untouched(clone, state_of(layer))
+
+
+def converted_layers(rank: int) -> None:
+    """BatchNorm becomes synchronized over all ranks or a group, and is itself again afterwards."""
+    for group, members in ((None, [0, 1, 2]), ([rank], [rank]), ("pair", [0, 1])):
+        if rank not in members:
+            continue
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+        layer: Any = convert_sync_batchnorm(model, group)[0]
+        _assert_statistics_of(members, layer, rank)
+        revert_sync_batchnorm(model)
+        layer.reset_running_stats()
+        _assert_statistics_of([rank], layer, rank)
 
 
 def one_rank_evaluates_alone(rank: int) -> None:
@@ -313,6 +331,7 @@ WORLDS: list[list[Callable[[int], None]]] = [
         all_ranks_are_the_world,
         a_new_group_counts_at_once,
         a_copy_shares_the_group,
+        converted_layers,
         one_rank_evaluates_alone,
     ],
     [

@@ -84,10 +84,10 @@ def assert_tracked(layer: torch.nn.Module, expected_layer: reference.SyncBatchNo
         assert state["num_batches_tracked"] == expected_layer.num_batches_tracked
 
 
-def assert_untouched(layer: SyncBatchNorm, before: dict[str, Tensor]) -> None:
+def assert_untouched(layer: torch.nn.Module, before: dict[str, Tensor]) -> None:
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
-def state_of(layer: SyncBatchNorm) -> dict[str, Tensor]:
+def state_of(layer: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
