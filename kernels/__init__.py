@@ -1,8 +1,9 @@
-"""Triton kernels for the five leaf operations on Ascend and CUDA, installed as `syncbn.kernels`.
+"""Triton kernels for the five operations of batch normalization, on Ascend and CUDA.
 
-`leaf` has the kernels, `plan` how they cut their work, `operations` puts them behind the interface
-of the layer's backends. `ladder` proves them without a device, in a checkout: `python -m
-syncbn.kernels`.
+`batch_norm` has the kernels, `plan` divides their work, `variants` lists the forms in which they
+are compiled, `operations` gives them the interface of the layer's backends, and `twin` runs what
+Ascend's compiler made of them on a CPU. In a checkout, `python -m audit kernels check` proves them
+without a device.
 """
 
 from syncbn.extras import require

@@ -1,4 +1,4 @@
-"""The five leaf operations on PyTorch tensors, by the kernels of `leaf`, whoever launches them."""
+"""The five operations on PyTorch tensors, by the kernels of `batch_norm`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Launch(Protocol):
-    """Runs that many programs of a kernel."""
+    """Runs a kernel."""
 
-    def __call__(self, variant: Variant, programs: int, arguments: list[Any]) -> None: ...
+    def __call__(self, variant: Variant, programs: int, arguments: list[Any]) -> None:
+        """Run `programs` programs of a variant on its arguments, in the order of its signature."""
 
 
 class Operations:
-    """A backend of the layer, see `syncbn.torch.backends.Backend`; all arithmetic is float32.
+    """The five operations of a backend, see `syncbn.torch.backends.Backend`.
+
+    All arithmetic is float32. Each operation raises TypeError if x is not float32, float16 or
+    bfloat16.
 
     Args:
         launch: runs a kernel.
-        machine: the target of `plan`, and how many programs a device runs at a time.
-
-    Raises:
-        TypeError: when called, x is not float32, float16 or bfloat16.
+        machine: of a device, the target of `plan` and the number of programs it runs at a time.
     """
 
     def __init__(self, launch: Launch, machine: Callable[[torch.device], tuple[str, int]]) -> None:
@@ -99,7 +100,7 @@ class Operations:
         return plan((rows, channels, spatial), *self._machine(x.device), reduction)
 
     def _over(self, x: Tensor, name: str, cut: Plan, tensors: list[Tensor]) -> None:
-        """Run a kernel over all of x."""
+        """Run a kernel over all of x; `tensors` are its pointers in order."""
         variant = Variant(name, cut.tiles, _DTYPES[x.dtype])
         self._launch(variant, cut.programs, [*tensors, *x.shape, cut.per_part, cut.parts])
 

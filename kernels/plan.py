@@ -1,52 +1,53 @@
-"""How the kernels cut their work: the size of a tile, and who takes which."""
+"""How the work of a kernel is divided: the size of a tile, the parts, the grid."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Values in a tile. Arithmetic is float32 whatever the dtype of the data, so the size is one for
-# all. Ascend: with more, not every kernel fits twice (double buffering) into 192 KiB on chip;
-# `check` of this package measures it. CUDA: half of it, not tuned on a device.
+# Values in a tile. Arithmetic is float32 for every dtype of the data, so one size serves all.
+# Ascend: with larger tiles, some kernels do not fit twice (double buffering) into 192 KiB on chip;
+# `python -m audit kernels check` measures it. CUDA: half of that, not tuned on a device.
 TILE = {"ascend": 4096, "cuda": 2048}
 
-# Values side by side in a tile. A few sizes are enough, for each costs compilations; images of
-# 7, 14, 28, 56 and 112 pixels square fill at least three quarters of one.
+# Values in a row of a tile. There are few widths, because each one costs compilations; images of
+# 7, 14, 28, 56 and 112 pixels square fill at least three quarters of a width.
 WIDTHS = (16, 64, 256, 1024)
-_ROWS = 16  # that a tile of channels has at least, to add them up
+_ROWS = 16  # the fewest rows of a tile in the layout `columns`: _RUN of batch_norm.py
 
-CHANNELS = 128  # that a program of `combine` takes at a time
+CHANNELS = 128  # channels that a program of `combine` takes at a time
 
-# Items for each program, so that the last round of a grid costs little. A reduction has fewer, for
-# its parts are merged afterwards.
+# Items per program. With several, the last round of a grid costs little. A reduction has one,
+# because its parts must be merged afterwards.
 _ROUNDS = 4
 _ROUNDS_OF_REDUCTION = 1
 
-_LARGEST_GRID = 65535  # of Ascend
+_LARGEST_GRID = 65535  # Ascend's limit
 
 
 class Tiles(NamedTuple):
-    """What a kernel is compiled for: how a tile is laid (see `leaf`), its rows and its width."""
+    """The tile that a kernel is compiled for."""
 
-    columns: bool
-    block_r: int
-    block: int
+    columns: bool  # the layout, see batch_norm.py
+    block_r: int  # rows
+    block: int  # values in a row
 
 
 class Plan(NamedTuple):
-    """Tiles, how many of them make a part, how many parts there are, and the grid."""
+    """How the work of one launch is divided."""
 
     tiles: Tiles
-    per_part: int
-    parts: int
-    programs: int
+    per_part: int  # tiles in a part
+    parts: int  # of each channel or block of channels
+    programs: int  # the size of the grid
 
 
 def plan(shape: tuple[int, int, int], target: str, cores: int, reduction: bool) -> Plan:
-    """How to cut x of shape (R, C, S), with R, C, S >= 1.
+    """How to divide the work on x.
 
     Args:
+        shape: (R, C, S) of x, each at least 1.
         target: "ascend" or "cuda".
-        cores: how many programs the device runs at a time.
+        cores: the number of programs that the device runs at a time.
         reduction: whether each part gives numbers that must be merged.
     """
     rows, channels, spatial = shape
@@ -64,7 +65,7 @@ def plan(shape: tuple[int, int, int], target: str, cores: int, reduction: bool) 
 
 
 def all_tiles(target: str) -> list[Tiles]:
-    """Every kind of tile that `plan` may ask for."""
+    """Every tile that `plan` may choose."""
     return [
         Tiles(columns, TILE[target] // width, width)
         for columns in (False, True)

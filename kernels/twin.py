@@ -1,9 +1,8 @@
-"""The kernels as Ascend's compiler lowered them, compiled for this CPU: `backend="twin"` of the
-layer.
+"""The twin: the kernels as Ascend's compiler lowered them, compiled for this CPU.
 
-It is no way to train. It lets the whole conformance suite run on what triton-ascend makes of the
-kernels. `python -m audit kernels check` compiles it (`audit.ladder.twin`); to run it takes only
-the library.
+The layer runs it with `backend="twin"`. It is for tests and not for training: the whole conformance
+suite runs on the code that triton-ascend makes of the kernels. `python -m audit kernels check`
+compiles the library (`audit.ladder.twin_build`). This module runs it and needs nothing else.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from syncbn.kernels.variants import Variant
 _HERE = Path(__file__).resolve().parent  # the directory itself, also through syncbn/kernels
 LIBRARY = _HERE.parent / ".toolchain" / "twin.so"
 
-# Few, for they take turns on the CPU; more than one, so that kernels share their work.
+# Few programs, because they run one after the other; several, so that the kernels share work.
 _PROGRAMS = 3
 
 
 def sources() -> str:
     """A hash of the kernels that the twin is compiled from."""
-    files = ("leaf.py", "plan.py", "variants.py")
+    files = ("batch_norm.py", "plan.py", "variants.py")
     return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in files)).hexdigest()
 
 
 def operations(library: Path = LIBRARY) -> Operations:
-    """The five leaf operations on CPU tensors.
+    """The five operations on CPU tensors.
 
     Raises:
-        RuntimeError: the twin was not compiled, or from other kernels than these.
+        RuntimeError: the library is missing, or was compiled from other kernels than these.
     """
     if not library.is_file():
         raise RuntimeError(f"backend 'twin' needs {library}: make kernels compiles it")
@@ -44,7 +43,7 @@ def operations(library: Path = LIBRARY) -> Operations:
     made_from = ctypes.c_char_p.in_dll(loaded, "twin_sources").value
     if made_from != sources().encode():
         raise RuntimeError(
-            f"{library} was compiled from other kernels: make kernels compiles it anew"
+            f"{library} was compiled from other kernels: make kernels compiles it again"
         )
 
     def launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
@@ -64,7 +63,8 @@ def call(library: ctypes.CDLL, variant: Variant, programs: int, arguments: list[
 def _words(argument: Any) -> list[Any]:
     """An argument as MLIR passes it; a memref is (allocated, aligned, offset, size, stride).
 
-    None stands for the lock and the workspace that come first, which the kernels do not use.
+    None is an empty memref. It stands for the lock and the workspace, which come first and which
+    the kernels do not use.
     """
     if argument is None:
         return [ctypes.c_void_p(0), ctypes.c_void_p(0), *map(ctypes.c_int64, (0, 0, 1))]

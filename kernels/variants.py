@@ -1,4 +1,4 @@
-"""Every kernel of `leaf` in every form that `Operations` may ask a compiler for."""
+"""The variants of the kernels: every form in which `Operations` may launch one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from syncbn.kernels.plan import CHANNELS, Tiles, all_tiles
 
-DTYPES = ("fp32", "fp16", "bf16")  # of the data, as Triton writes them
+DTYPES = ("fp32", "fp16", "bf16")  # of the data, in Triton's spelling
 LAYOUTS = ("planes", "columns")
 TILED = ("stats", "normalize", "reduce_grad", "input_grad")
 
@@ -14,20 +14,22 @@ _DATA = ("x_ptr", "dy_ptr", "y_ptr", "dx_ptr")
 
 
 class Variant(NamedTuple):
-    """A kernel for one kind of tile (None for `combine`) and one dtype of the data."""
+    """A kernel that is compiled for one tile and one dtype."""
 
-    kernel: str
-    tiles: Tiles | None
-    dtype: str
+    kernel: str  # its name in batch_norm.py
+    tiles: Tiles | None  # None for `combine`
+    dtype: str  # of the data, one of DTYPES
 
     @property
     def layout(self) -> str:
+        """One of LAYOUTS, or "channels" for `combine`."""
         if self.tiles is None:
             return "channels"
         return LAYOUTS[self.tiles.columns]
 
     @property
     def symbol(self) -> str:
+        """A name that no other variant has: that of its function in the twin's library."""
         size = "" if self.tiles is None else f"_{self.tiles.block_r}x{self.tiles.block}"
         return f"{self.kernel}_{self.layout}{size}_{self.dtype}"
 
@@ -40,7 +42,7 @@ class Variant(NamedTuple):
         return {"COLUMNS": columns, "BLOCK_R": block_r, "BLOCK": block}
 
     def signature(self, argument_names: list[str]) -> dict[str, str]:
-        """Triton's types of the other arguments."""
+        """Triton's type of every argument that is not constexpr."""
         return {name: self._type(name) for name in argument_names if name not in self.constants}
 
     def _type(self, name: str) -> str:
@@ -52,7 +54,7 @@ class Variant(NamedTuple):
 
 
 def variants(target: str) -> list[Variant]:
-    """All of them, for a target of `plan`."""
+    """All variants for a target of `plan`."""
     tiled = [
         Variant(kernel, tiles, dtype)
         for kernel in TILED

@@ -1,12 +1,12 @@
-"""How far the kernels are proven for Ascend without one: a ladder of rungs, run by `check`.
+"""The ladder: how far the kernels are proven for Ascend without an Ascend. `check` runs its rungs.
 
-- interpreted: Triton's interpreter runs the kernels, and every value is held to its bound;
-- lowered: triton-ascend and bishengir-compile take them to the last step before a device's code;
-- twin: what triton-ascend lowered them to is compiled for this CPU and held to the same bounds;
-- CUDA: upstream triton compiles them ahead of time for three generations of GPUs;
+- interpreted: Triton's interpreter runs the kernels, and every value must be within its bound;
+- lowered: triton-ascend and bishengir-compile take them to the last step before device code;
+- twin: the code that triton-ascend makes of them is compiled for this CPU, with the same bounds;
+- cuda: upstream triton compiles them ahead of time for three generations of GPUs;
 - registered: the published torch_npu has the operators that the `aten` backend calls.
 
-Every rung is also given kernels that it must refuse, and the check fails if it does not.
+Every rung also gets kernels with a planted fault. The check fails if a rung does not refuse them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUNGS = ("interpreted", "lowered", "twin", "cuda", "registered")
 
 
 def check(rungs: Sequence[str]) -> bool:
-    """Run the rungs and print what each shows; whether all of them hold.
+    """Run the rungs and print what each shows; True if all of them hold.
 
     Raises:
         MissingTool: a tool is missing or outdated.
@@ -36,11 +36,11 @@ def check(rungs: Sequence[str]) -> bool:
         )
     toolchain.c_compiler()
     toolchain.use("triton-ascend")
-    os.environ.pop("TRITON_INTERPRET", None)  # a rung of its own sets it
-    warnings.filterwarnings("ignore", module="triton")  # there is no compiler of CANN here
-    # Only now: they import triton, which must be the one of the tool-chain.
+    os.environ.pop("TRITON_INTERPRET", None)  # only the rung `interpreted` sets it
+    warnings.filterwarnings("ignore", module="triton")  # it warns that CANN's compiler is missing
+    # Imported here, because these import triton, which must be that of the tool-chain.
     from rich.console import Console
 
-    from audit.ladder.check import check
+    from audit.ladder.rungs import check
 
     return check(list(rungs), Console())

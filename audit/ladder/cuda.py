@@ -1,7 +1,7 @@
-"""Rung `CUDA`: upstream triton compiles the kernels ahead of time, to PTX and to a GPU's code.
+"""Rung `cuda`: upstream triton compiles the kernels ahead of time, to PTX and to a GPU's code.
 
-Upstream triton has a folder of its own (`toolchain`), which must come first on the path:
-`python -m audit.ladder.cuda CAPABILITY` prints what was compiled, as JSON.
+Upstream triton has its own folder (see `toolchain`), which must come first on the path. So it runs
+in a process of its own: `python -m audit.ladder.cuda CAPABILITY` prints the results as JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CAPABILITIES = (80, 90, 100)  # A100; H100 and H200; B200
 
 
 def compile_all(capability: int) -> dict[str, str | None]:
-    """For every variant's symbol, and planted kernel, why it was refused, or None."""
+    """Why each variant, by symbol, and each planted fault was refused; None if it was compiled."""
     folders = [str(toolchain.wheel("triton")), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join(filter(None, folders))
     command = [sys.executable, "-W", "ignore", "-m", __name__, str(capability)]
@@ -33,20 +33,20 @@ def compile_all(capability: int) -> dict[str, str | None]:
 
 def _main(capability: int) -> None:
     from audit.ladder import planted
-    from syncbn.kernels import leaf
+    from syncbn.kernels import batch_norm
     from syncbn.kernels.variants import variants
 
     found = {}
     for variant in variants("cuda"):
-        kernel = getattr(leaf, variant.kernel)
+        kernel = getattr(batch_norm, variant.kernel)
         signature = variant.signature(kernel.arg_names)
         found[variant.symbol] = _refusal(kernel, signature, variant.constants, capability)
     found["run-time range"] = _refusal(
         planted.run_time_range, planted.SIGNATURE, planted.CONSTANTS, capability
     )
     large = {"COLUMNS": False, "BLOCK_R": 1024, "BLOCK": 2048}
-    signature = variants("cuda")[0].signature(leaf.stats.arg_names)
-    found["over-large tile"] = _refusal(leaf.stats, signature, large, capability)
+    signature = variants("cuda")[0].signature(batch_norm.stats.arg_names)
+    found["over-large tile"] = _refusal(batch_norm.stats, signature, large, capability)
     print(json.dumps(found))
 
 

@@ -1,7 +1,7 @@
 """Rung `interpreted`: Triton's interpreter runs the kernels on CPU tensors.
 
-The interpreter is chosen when the kernels are imported, so it has a process of its own:
-`python -m audit.ladder.interpreted DTYPE [FAULT]` prints the ratios of `judged`, as JSON.
+Triton chooses the interpreter when the kernels are imported. So the rung runs in a process of its
+own: `python -m audit.ladder.interpreted DTYPE [FAULT]` prints the ratios of `judged` as JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PROGRAMS = 3
 
 
 def ratios(dtype: str, fault: str | None = None) -> dict[str, dict[str, float]]:
-    """By layout and kernel, of the kernels or of those with a planted fault."""
+    """The largest ratio by layout and kernel, of the kernels or of those with a planted fault."""
     command = [sys.executable, "-W", "ignore", "-m", __name__, dtype, *([fault] if fault else [])]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -30,12 +30,12 @@ def ratios(dtype: str, fault: str | None = None) -> dict[str, dict[str, float]]:
 
 def _main(dtype: str, fault: str | None = None) -> None:
     from audit.ladder import judged, planted
-    from syncbn.kernels import leaf
+    from syncbn.kernels import batch_norm
     from syncbn.kernels.operations import Operations
     from syncbn.kernels.variants import LAYOUTS, Variant
 
     with tempfile.TemporaryDirectory() as folder:
-        kernels = planted.faulty_leaf(fault, Path(folder)) if fault else leaf
+        kernels = planted.faulty_kernels(fault, Path(folder)) if fault else batch_norm
 
         def launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
             getattr(kernels, variant.kernel)[(programs,)](*arguments, **variant.constants)

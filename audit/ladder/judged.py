@@ -1,4 +1,4 @@
-"""What the rungs that execute share: the five operations, held to the reference's bounds."""
+"""Judge the five operations by the bounds of the reference, for the rungs that execute them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from syncbn.kernels.operations import Operations
 from syncbn.reference import Bounded, bounds, formulas
 from syncbn.reference.ratio import ratio
 
-# (R, C, S) of two shards each, so that every width of a tile is used, filled and not, and in the
-# last of each layout a program has more tiles than it adds up in one run.
+# (R, C, S) of two shards each. They use every width of a tile, filled and not. In the last of each
+# layout, a program has more tiles than it adds in one run.
 _SHAPES = {
     "planes": [
         ((5, 3, 13), (2, 3, 9)),
@@ -34,7 +34,7 @@ _EPS = 1e-5
 
 
 def worst_ratios(operations: Operations, layout: str, dtype: str) -> dict[str, float]:
-    """For each kernel the largest |got - expected| / bound of what it computes."""
+    """The largest |got - expected| / bound of the results of each kernel."""
     worst: dict[str, float] = {}
     for seed, shapes in enumerate(_SHAPES[layout]):
         for kernel, got, expected in _answers(operations, shapes, _TORCH[dtype], seed):
@@ -46,7 +46,7 @@ def worst_ratios(operations: Operations, layout: str, dtype: str) -> dict[str, f
 def _answers(
     operations: Operations, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, seed: int
 ) -> Iterator[tuple[str, Tensor, Bounded]]:
-    """Of one training step of a group whose ranks hold one shard each."""
+    """Kernel, result and expected result, in one training step of a group of one shard per rank."""
     channels = shapes[0][1]
     rng = np.random.default_rng(seed)
 
@@ -68,7 +68,7 @@ def _answers(
         means.append(mean)
         variances.append(var)
 
-    # A rank without data, whose statistics are no numbers.
+    # A rank without data, whose statistics are undefined.
     means.append(torch.full_like(means[0], torch.nan))
     variances.append(torch.full_like(means[0], torch.inf))
     counts = torch.tensor([*(float(x.numel() // channels) for x in xs), 0.0])

@@ -1,11 +1,11 @@
-"""Rung `lowered`: as far towards an NPU as Ascend's compilers go without CANN.
+"""Rung `lowered`: Ascend's compilers take the kernels as far as they can without CANN.
 
-    leaf.py --triton-ascend--> linalg --bishengir-compile--> HIVM --hivmc--> device code
+    batch_norm.py --triton-ascend--> linalg --bishengir-compile--> HIVM --hivmc--> device code
 
-The first step leaves linalg on memrefs (`lower`), which the twin executes. The second plans the
-on-chip memory, 192 KiB on every 910B, and inserts synchronization (`accept`). hivmc is closed and
-part of CANN: a stand-in that only copies its input takes its place, so that being accepted means
-everything up to it, never that there is a binary.
+The first step (`lower`) gives linalg on memrefs, which the twin executes. The second (`accept`)
+plans the on-chip memory, 192 KiB on every 910B, and inserts synchronization. hivmc is closed source
+and part of CANN. A stand-in that copies its input takes its place, so "accepted" covers every step
+before hivmc and never means that there is a binary.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _BITS = {
 
 
 class Refused(Exception):
-    """A compiler does not take the kernel, or not as it is wanted."""
+    """A compiler rejects the kernel, or accepts it only in a form that is not wanted."""
 
 
 def lower(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> str:
     """The kernel (a triton.jit function) as linalg.
 
     Raises:
-        Refused: by Triton's front end or by triton-ascend, or operations of Triton are left.
+        Refused: Triton's front end or triton-ascend rejects it, or leaves operations of Triton.
     """
     from triton._C.libtriton import ir
     from triton.backends.ascend.compiler import AscendBackend, make_ttir, ttir_to_linalg
@@ -76,7 +76,7 @@ def lower(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> 
         raise Refused(f"triton-ascend: {_first_error(error.stderr.decode())}") from error
     except Exception as error:
         raise Refused(f"Triton: {str(error).strip().splitlines()[-1]}") from error
-    # triton-ascend exits with 0 also when it could not convert everything.
+    # triton-ascend exits with 0 even if it could not convert everything.
     left = sorted(set(re.findall(r"\btt\.(?!divisibility|tensor_kind)[a-z_]+", linalg)))
     if left:
         raise Refused(f"triton-ascend left {', '.join(left)} unlowered")
@@ -84,11 +84,11 @@ def lower(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> 
 
 
 def accept(linalg: str) -> int:
-    """Take the kernel to hivmc; the high-water mark of its on-chip memory, in bytes.
+    """Compile the kernel as far as hivmc; the high-water mark of its on-chip memory, in bytes.
 
     Raises:
-        Refused: by bishengir-compile; or by us, where double buffering does not fit and it falls
-            back to waiting for every load.
+        Refused: bishengir-compile rejects it, or double buffering does not fit on chip; then
+            bishengir-compile accepts it, but the kernel waits for every load.
     """
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -111,11 +111,11 @@ def accept(linalg: str) -> int:
         ]
         environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
         run = subprocess.run(command, capture_output=True, text=True, env=environment)
-        said = run.stdout + run.stderr
-        if "ub overflow" in said.lower():  # also where it then compiled, without double buffering
+        output = run.stdout + run.stderr
+        if "ub overflow" in output.lower():  # even if it then compiled without double buffering
             raise Refused("bishengir-compile: on-chip memory does not hold it twice")
         if run.returncode:
-            raise Refused(f"bishengir-compile: {_first_error(said)}")
+            raise Refused(f"bishengir-compile: {_first_error(output)}")
         used = _on_chip_bytes((work / "module.hivm.opt.mlir").read_text())
     if not 0 < used <= ON_CHIP_BYTES:
         raise Refused(f"bishengir-compile: planned {used} of {ON_CHIP_BYTES} bytes on chip")
@@ -123,10 +123,10 @@ def accept(linalg: str) -> int:
 
 
 def _again(run: Callable[[], str]) -> str:
-    """What it returns, at the fourth attempt at the latest, if its process dies of a signal.
+    """The result of `run`, which is repeated up to three times if its process dies of a signal.
 
-    On a busy machine triton-adapter-opt now and then ends in an assertion about MLIR's types
-    (Malformed type storage object), and takes the same kernel when it is run again. A kernel of
+    On a busy machine triton-adapter-opt sometimes ends in an assertion about MLIR's types
+    (Malformed type storage object), and accepts the same kernel when it runs again. A kernel on
     which it always dies is refused.
     """
     for _ in range(3):
@@ -155,5 +155,5 @@ def _on_chip_bytes(hivm: str) -> int:
 
 def _first_error(text: str) -> str:
     lines = text.strip().splitlines() or ["no message"]
-    told = (line for line in lines if re.search(r"error:|ERROR|Assertion|overflow", line))
-    return next(told, lines[0]).strip()[-200:]
+    errors = (line for line in lines if re.search(r"error:|ERROR|Assertion|overflow", line))
+    return next(errors, lines[0]).strip()[-200:]

@@ -1,4 +1,4 @@
-"""Kernels that the ladder must refuse, each with one fault that a kernel of ours could have."""
+"""Kernels that the ladder must refuse, each with one fault that our kernels could have."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import triton.language as tl
 
 from syncbn import kernels
 
-_LEAF = Path(kernels.__file__).with_name("leaf.py")
+_SOURCE = Path(kernels.__file__).with_name("batch_norm.py")
 
 
 class Fault(NamedTuple):
-    """A line of `leaf`, and what it becomes."""
+    """A change of one line of batch_norm.py."""
 
     line: str
-    planted: str
+    planted: str  # what replaces it
 
 
 FAULTS = {
@@ -33,13 +33,13 @@ FAULTS = {
 }
 
 
-def faulty_leaf(fault: str, folder: Path) -> ModuleType:
-    """`leaf` with the fault, as a module whose source is in the folder."""
+def faulty_kernels(fault: str, folder: Path) -> ModuleType:
+    """The kernels with a fault, as a module whose source is in the folder."""
     line, planted = FAULTS[fault]
-    text = _LEAF.read_text()
+    text = _SOURCE.read_text()
     if text.count(line) != 1:
-        raise ValueError(f"fault {fault!r} must have one line to change in {_LEAF}: {line}")
-    path = folder / "faulty_leaf.py"
+        raise ValueError(f"fault {fault!r} must have one line to change in {_SOURCE}: {line}")
+    path = folder / "faulty_kernels.py"
     path.write_text(text.replace(line, planted))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -56,7 +56,7 @@ CONSTANTS = {"BLOCK": 1024}
 
 @triton.jit
 def float64_sum(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    """Accumulates in a type that no vector core has."""
+    """Accumulates in float64, which no vector core has."""
     index = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < size, other=0.0).to(tl.float64)
     tl.store(y_ptr, tl.sum(x, axis=0).to(tl.float32))
@@ -69,7 +69,7 @@ def _add_both(a, b, c, d):
 
 @triton.jit
 def tuple_reduce(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    """Reduces two values together, which triton-ascend leaves as it is and says nothing."""
+    """Reduces two values together, which triton-ascend leaves unconverted without an error."""
     index = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < size, other=0.0)
     total, squares = tl.reduce((x, x * x), 0, _add_both)
@@ -79,6 +79,6 @@ def tuple_reduce(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def run_time_range(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    """Asks for a block whose size is known only when it runs."""
+    """Has a block whose size is known only at run time."""
     index = tl.arange(0, size)
     tl.store(y_ptr + index, tl.load(x_ptr + index))

@@ -1,8 +1,8 @@
 """The tools of the ladder, installed into `.toolchain` of the checkout and nowhere else.
 
-They cannot live in one environment: triton and triton-ascend share a name, also with what PyTorch
-for CUDA brings along, and torch_npu keeps PyTorch from starting where CANN is not. So each has a
-folder, which goes first on the path where it is needed.
+They cannot share an environment: triton-ascend installs a package called triton, like upstream
+triton and PyTorch for CUDA, and PyTorch does not start with torch_npu where CANN is missing. So
+each has a folder, which comes first on the path where the tool is needed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ WHEELS = {
     "torch_npu": ["torch_npu==2.13.0", "pyyaml"],
 }
 
-# A torch_npu that wants another PyTorch and so is only read: the one that docs/ascend.md names.
+# A torch_npu for another PyTorch, which is only read: the version that docs/ascend.md names.
 _WHEEL_TO_READ = "torch_npu==2.7.1.post2"
 
-# Debian's MLIR 19, of the LLVM release that bishengir-compile is made of, and what it is linked to.
+# Debian's MLIR 19, the LLVM release that bishengir-compile is built from, and its libraries.
 _PACKAGES = (
     *("mlir-19-tools", "libmlir-19", "llvm-19", "libllvm19"),
     *("libpfm4", "libz3-4", "libedit2", "libxml2"),
@@ -39,22 +39,22 @@ _LLVM = FOLDER / "llvm"
 
 
 class MissingTool(ConformanceError, RuntimeError):
-    """A tool that a rung needs is not there; says how to install it."""
+    """A tool that a rung needs is missing; the text explains how to install it."""
 
 
 def install() -> None:
-    """Fetch whatever is not there yet, in these versions, for this Python (2.5 GB, unpacked)."""
+    """Fetch every tool that is missing or outdated, for this Python (2.5 GB, unpacked)."""
     try:
         for name, requirements in WHEELS.items():
             _install_wheels(FOLDER / name, requirements)
         _install_packages()
     except subprocess.CalledProcessError as error:
         command = " ".join(map(str, error.cmd))
-        raise MissingTool(f"the tool-chain is not complete, for this failed: {command}") from error
+        raise MissingTool(f"the tool-chain is incomplete: this failed: {command}") from error
 
 
 def missing() -> str:
-    """What of the tools is not there, or is not what `install` would fetch; empty if nothing."""
+    """Names of the tools that are missing or outdated, or ""."""
     stale = [name for name, wanted in WHEELS.items() if not _is_current(FOLDER / name, wanted)]
     if not _is_current(_LLVM, _PACKAGES):
         stale.append("llvm")
@@ -67,7 +67,7 @@ def wheel(name: str) -> Path:
 
 
 def use(name: str) -> None:
-    """Import a wheel from its folder from now on, here and in processes that are started."""
+    """Import a wheel from its folder from now on, here and in processes that start later."""
     folder = str(wheel(name))
     sys.path.insert(0, folder)
     known = os.environ.get("PYTHONPATH")
@@ -84,7 +84,7 @@ def llvm(tool: str) -> str:
 
 
 def llvm_environment() -> dict[str, str]:
-    """The environment in which they find their libraries."""
+    """The environment in which LLVM's tools find their libraries."""
     libraries = [_LLVM / "usr/lib/llvm-19/lib", *(_LLVM / "usr/lib").glob("*-linux-gnu")]
     known = os.environ.get("LD_LIBRARY_PATH")
     path = ":".join([*map(str, libraries), *([known] if known else [])])
@@ -94,13 +94,15 @@ def llvm_environment() -> dict[str, str]:
 def c_compiler() -> str:
     found = shutil.which("cc")
     if found is None:
-        raise MissingTool("a C compiler is needed, and there is no cc: apt-get install gcc")
+        raise MissingTool("a C compiler is needed, but there is no cc: apt-get install gcc")
     return found
 
 
 def _there(path: Path) -> Path:
     if not path.exists():
-        raise MissingTool(f"{path} is not there: make kernels, or python -m audit kernels install")
+        raise MissingTool(
+            f"{path} is missing: run make kernels, or python -m audit kernels install"
+        )
     return path
 
 
@@ -109,13 +111,13 @@ def _stamp(requirements: Iterable[str]) -> str:
 
 
 def _is_current(folder: Path, requirements: Iterable[str]) -> bool:
-    """Whether the folder holds what is required, for this Python."""
+    """Whether the folder holds these requirements, for this Python."""
     stamp = folder / "stamp"
     return stamp.is_file() and stamp.read_text() == _stamp(requirements)
 
 
 def _begin(folder: Path, requirements: Iterable[str]) -> Path:
-    """A new folder to fill, which `_end` puts in place."""
+    """An empty folder to fill, which `_end` renames to `folder`."""
     print(f"fetching {', '.join(requirements)} into {folder}", flush=True)
     unfinished = folder.with_name(f"{folder.name}.part")
     for old in (folder, unfinished):
@@ -144,13 +146,13 @@ def _install_wheels(folder: Path, requirements: list[str]) -> None:
 
 
 def _install_packages() -> None:
-    """Unpacked beside each other, not installed: that needs no root."""
+    """Unpack Debian's packages into one folder; installing them would need root."""
     if _is_current(_LLVM, _PACKAGES):
         return
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
             raise MissingTool(
-                f"{tool}, of Debian or Ubuntu, fetches {', '.join(_PACKAGES)}: it is not here"
+                f"{tool} of Debian or Ubuntu is needed to fetch {', '.join(_PACKAGES)}"
             )
     unfinished = _begin(_LLVM, _PACKAGES)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,15 +1,16 @@
-"""Holds what the `aten` backend calls against what torch_npu provides, without an NPU or CANN.
+"""Rung `registered`: compare the operators that the `aten` backend calls with torch_npu's.
 
-A toolchain folder has the wheel that goes with the installed PyTorch, and may have others:
+It needs no NPU and no CANN. A toolchain folder holds the wheel for the installed PyTorch, and may
+hold others:
 
     pip install --no-deps --target TOOLCHAIN/torch_npu torch_npu==2.13.0
     pip download --no-deps --dest TOOLCHAIN torch_npu==2.10.0
 
-The installed one is imported, in a process of its own, beside empty libraries that stand in for
-CANN's. There the backend is run on tensors that say they are on an NPU but hold nothing, and its
-calls are noted: "registered" means that the operator is among those that the wheel lists, by a
-schema that takes the call, and that its kernel is in PyTorch's dispatcher. The other wheels want
-another PyTorch, so that they are only read: "declared" means that they list the operator so.
+The installed wheel is imported in a process of its own, with empty libraries in the place of
+CANN's. There the backend runs on fake tensors of the NPU, which hold no data, and its calls are
+recorded. "registered" means that the wheel lists the operator with a schema that accepts the call,
+and that its kernel is in PyTorch's dispatcher. The other wheels need another PyTorch, so they are
+only read: "declared" means that they list the operator with such a schema.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Where a wheel lists the operators that it has kernels for.
+# The file in which a wheel lists the operators that it has kernels for.
 _LIST = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# The kind of an argument, and the types of a schema that take it.
+# For each kind of argument, the types of a schema that accept it.
 _TAKEN_BY = {
     "Tensor": ("Tensor", "Optional[Tensor]"),
     "None": ("Optional[Tensor]",),
@@ -47,28 +48,28 @@ _TAKEN_BY = {
 
 
 class Call(NamedTuple):
-    """An operator, (name, kind) of each argument in order, and the number of results."""
+    """A call of an operator."""
 
     operator: str
-    arguments: tuple[tuple[str, str], ...]
-    results: int
+    arguments: tuple[tuple[str, str], ...]  # (name, kind) of each, in order
+    results: int  # their number
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a version of torch_npu was found to provide; fault says what is wrong, or is empty."""
+    """What a version of torch_npu provides."""
 
     version: str
-    subject: str
-    evidence: str
-    fault: str
+    subject: str  # an operator, or hccl
+    evidence: str  # "registered" or "declared"
+    fault: str  # what is wrong, or ""
 
 
 def check(toolchain: Path) -> list[Finding]:
-    """Check the wheels of a toolchain folder, laid out as this module says.
+    """Check the wheels of a toolchain folder, whose layout is described above.
 
     Raises:
-        FileNotFoundError: there is no torch_npu in it, or no C compiler or binutils here.
+        FileNotFoundError: torch_npu, a C compiler or binutils is missing.
         RuntimeError: torch_npu cannot be imported.
     """
     wheel = _import(toolchain)
@@ -83,7 +84,7 @@ def check(toolchain: Path) -> list[Finding]:
 
 
 def planted(toolchain: Path) -> dict[str, str]:
-    """What `judge` says of the same wheel with a fault in its first operator, by fault."""
+    """The fault that `judge` finds in the wheel after its first operator was changed, by change."""
     wheel = _import(toolchain)
     call = wheel.calls[0]
     schema = wheel.declared[call.operator]
@@ -108,8 +109,8 @@ def judge(
 
     Args:
         version: of torch_npu.
-        calls: what the backend calls.
-        declared: schemas by operator, as the wheel lists them.
+        calls: of the backend.
+        declared: the wheel's schemas, by operator.
         registered: operators whose kernel is in the dispatcher, or None if that is unknown.
     """
     faults: dict[str, str] = {}
@@ -123,9 +124,9 @@ def judge(
 
 
 def build_stand_ins(site: Path, folder: Path) -> None:
-    """Make a library in folder for each of CANN's that torch_npu is linked to and lacks.
+    """Build a library for each library of CANN that torch_npu is linked to and that is missing.
 
-    Their functions return 0 and do nothing: good for an import, and for nothing else.
+    Their functions do nothing and return 0. They are good for an import only.
     """
     torch_libraries = Path(torch.__file__).parent / "lib"
     ours, missing, provided = [], set(), set()
@@ -149,22 +150,22 @@ def build_stand_ins(site: Path, folder: Path) -> None:
         target = [f"-Wl,-soname,{name}", "-o", str(folder / name)]
         command = ["cc", "-shared", "-w", "-x", "c", "-", *target]
         subprocess.run(command, input=source, text=True, check=True)
-        source = ""  # the first has them all
+        source = ""  # the first library has all functions
 
 
 class _Wheel(NamedTuple):
-    """What an imported torch_npu provides, and the calls that were noted beside it."""
+    """What an imported torch_npu provides, and the calls of the backend with it."""
 
     version: str
     calls: list[Call]
-    registered: list[str]
-    backends: list[str]
-    declared: dict[str, str]
+    registered: list[str]  # operators with a kernel in the dispatcher
+    backends: list[str]  # of torch.distributed
+    declared: dict[str, str]  # schemas, by operator
 
 
 @functools.cache
 def _import(toolchain: Path) -> _Wheel:
-    """What `_facts` finds in a process that imports the torch_npu of the toolchain."""
+    """The result of `_facts` in a process that imports the torch_npu of the toolchain."""
     site = toolchain / "torch_npu"
     if not (site / "torch_npu").is_dir():
         raise FileNotFoundError(
@@ -188,7 +189,7 @@ def _import(toolchain: Path) -> _Wheel:
 
 
 def _facts() -> dict[str, Any]:
-    """The version, the calls, which of them have kernels, and the backends of communication."""
+    """The fields of `_Wheel` except `declared`."""
     torch_npu = importlib.import_module("torch_npu")
     calls = _record()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -219,7 +220,7 @@ def _record() -> set[Call]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes calls of batch-norm operators and answers in their place."""
+    """Records calls of batch-norm operators and returns empty results in their place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +245,7 @@ def _kind(argument: Any) -> str:
 
 
 def _misfit(call: Call, declared: str | None) -> str:
-    """Why an operator of that schema does not take the call; empty if it does."""
+    """Why an operator of that schema does not accept the call, or ""."""
     if declared is None:
         return "is not listed"
     schema = torch._C.parse_schema(declared)
@@ -261,7 +262,7 @@ def _misfit(call: Call, declared: str | None) -> str:
 
 
 def _declared(listing: str) -> dict[str, str]:
-    """Schemas by operator, of PyTorch's operators in a wheel's list of its own."""
+    """Schemas of the PyTorch operators in a wheel's list, by operator."""
     schemas = re.findall(r"^- func: ((\w+)\(.*)$", listing, re.MULTILINE)
     return {f"aten::{name}": f"aten::{schema}" for schema, name in schemas}
 

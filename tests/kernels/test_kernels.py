@@ -1,6 +1,6 @@
-"""Our kernels: how work is cut, what is launched, what the twin and the backends make of it.
+"""The kernels: how work is divided, what is launched, the twin, the backends, the ladder.
 
-The tests of the twin need its library, which `make kernels` compiles; those of the ladder's logic
+The tests of the twin need its library, which `make kernels` compiles. Those of the ladder's logic
 need Triton.
 """
 
@@ -58,11 +58,11 @@ FLOATS = (torch.float32, *HALVES)
 OF_TRITON = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = ("contiguous", "channels_last", "(N, C)")
 
-LEAF = Path(kernels.__file__).with_name("leaf.py")
-# The arguments of every kernel; read, for importing them takes Triton.
+SOURCE = Path(kernels.__file__).with_name("batch_norm.py")
+# The arguments of every kernel. They are read from the source, because its import needs Triton.
 KERNELS = {
     node.name: [argument.arg for argument in node.args.args]
-    for node in ast.parse(LEAF.read_text()).body
+    for node in ast.parse(SOURCE.read_text()).body
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 }
 
@@ -96,7 +96,7 @@ class TestPlan:
         assert (parts - 1) * per_part < count <= parts * per_part
         assert programs == min(blocks * parts, cores, 65535)
         if reduction:
-            assert parts <= _ceil(cores, blocks)  # no more to merge than programs to make them
+            assert parts <= _ceil(cores, blocks)  # no more parts to merge than programs
         else:
             assert programs == min(blocks * count, cores, 65535)  # no program without work
 
@@ -113,10 +113,10 @@ class TestPlan:
     @pytest.mark.parametrize("target", TILE)
     def test_all_tiles(self, target: str) -> None:
         every = all_tiles(target)
-        asked = {plan((5, size, 1), target, 8, False).tiles for size in range(1, 1025)}
-        asked |= {plan((5, 7, size), target, 8, True).tiles for size in range(1, 1025)}
-        assert set(every) == asked
-        assert len(every) == len(asked)
+        chosen = {plan((5, size, 1), target, 8, False).tiles for size in range(1, 1025)}
+        chosen |= {plan((5, 7, size), target, 8, True).tiles for size in range(1, 1025)}
+        assert set(every) == chosen
+        assert len(every) == len(chosen)
         assert all(tiles.block_r * tiles.block == TILE[target] for tiles in every)
         assert all(tiles.block_r >= 16 for tiles in every if tiles.columns)
 
@@ -126,10 +126,10 @@ def _ceil(a: int, b: int) -> int:
 
 
 class Launches:
-    """Notes what is launched, and checks it against the kernel's signature."""
+    """Records what is launched, and checks it against the kernel's signature."""
 
     def __init__(self, target: str = "ascend", cores: int = 3) -> None:
-        self.noted: list[tuple[Variant, list[Any]]] = []
+        self.launched: list[tuple[Variant, list[Any]]] = []
         self.operations = Operations(self._launch, lambda device: (target, cores))
 
     def _launch(self, variant: Variant, programs: int, arguments: list[Any]) -> None:
@@ -141,7 +141,7 @@ class Launches:
             else:
                 assert type(argument) is {"i32": int, "fp32": float}[kind], name
         assert 1 <= programs <= 65535
-        self.noted.append((variant, arguments))
+        self.launched.append((variant, arguments))
 
 
 class TestVariants:
@@ -170,18 +170,20 @@ class TestVariants:
         launches = Launches(target, cores)
         x = torch.empty(shape, dtype=dtype, device="meta")
         _every_operation(launches.operations, x, torch.float32)
-        launched = [variant for variant, _ in launches.noted]
+        launched = [variant for variant, _ in launches.launched]
         assert {variant.kernel for variant in launched} == set(KERNELS)
         assert set(launched) <= set(variants(target))
         assert all(OF_TRITON[v.dtype] == dtype for v in launched if v.kernel in TILED)
 
 
-def _every_operation(operations: Operations, x: Tensor, wide: torch.dtype) -> dict[str, Any]:
-    """What they give on input (R, C, S), with statistics as the layer may have them: views."""
+def _every_operation(
+    operations: Operations, x: Tensor, statistics_dtype: torch.dtype
+) -> dict[str, Any]:
+    """The results on input (R, C, S), with statistics that are views, as the layer's may be."""
     channels = x.shape[1]
-    table = torch.ones(2, 2 * channels + 3, dtype=wide, device=x.device)
+    table = torch.ones(2, 2 * channels + 3, dtype=statistics_dtype, device=x.device)
     means, variances = table[:, :-3].view(-1, 2, channels).unbind(1)
-    vector = torch.ones(2 * channels, dtype=wide, device=x.device)[::2]
+    vector = torch.ones(2 * channels, dtype=statistics_dtype, device=x.device)[::2]
     return {
         "stats": operations.stats(x),
         "combine": operations.combine(means, variances, table[:, -1], 1e-5),
@@ -222,25 +224,25 @@ class TestOperations:
         message = r"input must have .* torch\.float32, .* torch\.bfloat16, got torch\.float64"
         with pytest.raises(TypeError, match=message):
             getattr(launches.operations, name)(x, *more[name])
-        assert launches.noted == []
+        assert launches.launched == []
 
     def test_values_are_kept(self) -> None:
-        """As they are converted, and in the places that the kernel has them in."""
+        """They are converted, and each is in the kernel's place for it."""
         launches = Launches()
         table = torch.arange(14.0, dtype=torch.float64).view(2, 7)
         launches.operations.combine(table[:, :3], table[:, 3:6], table[:, 6], 0.25)
-        ((_, arguments),) = launches.noted
+        ((_, arguments),) = launches.launched
         for got, given_ in zip(arguments, (table[:, :3], table[:, 3:6], table[:, 6]), strict=False):
             assert torch.equal(got, given_.float())
         assert arguments[-3:] == [2, 3, 0.25]
 
     def test_a_whole_eps(self) -> None:
-        """It is converted, or the kernel would get an int."""
+        """It is converted to a float."""
         table = torch.ones(2, 3)
         Launches().operations.combine(table, table, table[:, 0], 1)
 
 
-# Mean and standard deviation of what goes into the layer.
+# Mean and standard deviation of the layer's input.
 DATA = st.one_of(
     st.tuples(st.floats(-1e4, 1e4), st.just(1.0)),
     st.integers(-18, 18).map(lambda e: (10.0**e, 10.0**e)),
@@ -292,7 +294,7 @@ class TestTwin:
             matrix = numpy_of(x.movedim(1, 0).flatten(1))
             u = reference.Precision(dtype_name(x.dtype)).u
             var = bounds.of_stats(matrix, *formulas.stats(matrix), u).var
-            assume(not (var.bound >= var.value + eps).any())  # or nothing can be said of the step
+            assume(not (var.bound >= var.value + eps).any())  # else no result is defined
             assert_step(layer, x, dy)
 
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -343,7 +345,7 @@ class TestTwin:
         assert all(map(torch.equal, once, again))
 
     def test_combine(self) -> None:
-        """Counts of 0 are ignored, whatever their parts say; beyond one block of channels."""
+        """Counts of 0 are ignored, whatever their parts hold; there are several blocks."""
         channels = 1100
         parts = [5 + randn(channels, size, dtype=torch.float64, seed=size) for size in (1, 40, 300)]
         whole = numpy_of(torch.cat(parts, dim=1))
@@ -406,7 +408,7 @@ class TestTwinLibrary:
 
 @pytest.fixture(scope="module")
 def interpreting() -> Iterator[Callable[..., None]]:
-    """Calls a function of this module where kernels that are imported are interpreted."""
+    """Calls a function of this module in a process that interprets kernels."""
     _needs_triton()
     spawn = get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=_interpret) as process:
@@ -428,7 +430,7 @@ class TestTriton:
 
     def test_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "triton", None)
-        for module in ("syncbn.torch.backends.triton", "syncbn.kernels.leaf"):
+        for module in ("syncbn.torch.backends.triton", "syncbn.kernels.batch_norm"):
             monkeypatch.delitem(sys.modules, module, raising=False)
         message = "'triton' needs .*, which is not installed: pip install triton-ascend"
         with pytest.raises(RuntimeError, match=message):
@@ -439,7 +441,7 @@ class TestTriton:
     ) -> None:
         (tmp_path / "triton.py").write_text("import no_such_module_of_triton")
         monkeypatch.syspath_prepend(tmp_path)
-        for module in ("syncbn.torch.backends.triton", "syncbn.kernels.leaf", "triton"):
+        for module in ("syncbn.torch.backends.triton", "syncbn.kernels.batch_norm", "triton"):
             monkeypatch.delitem(sys.modules, module, raising=False)
         with pytest.raises(ModuleNotFoundError, match="no_such_module_of_triton"):
             make_layer(backend="triton")
@@ -469,7 +471,7 @@ def check_interpreted(dtype: torch.dtype, layout: str) -> None:
 
 
 class TestRung:
-    """What the conformance suite says of the backends that stand for Ascend."""
+    """The conformance suite on the backends that stand for Ascend."""
 
     @staticmethod
     def case(dtype: str) -> Case:
@@ -503,7 +505,7 @@ class TestRung:
 def check() -> Any:
     """The module of the ladder, which imports Triton."""
     _needs_triton()
-    return importlib.import_module("audit.ladder.check")
+    return importlib.import_module("audit.ladder.rungs")
 
 
 @pytest.fixture
@@ -514,17 +516,17 @@ def planted() -> Any:
 
 class TestPlanted:
     def test_every_fault_has_its_line(self, planted: Any) -> None:
-        text = LEAF.read_text()
+        text = SOURCE.read_text()
         assert planted.FAULTS
         for fault in planted.FAULTS.values():
             assert text.count(fault.line) == 1
             assert fault.planted not in text
 
-    def test_faulty_leaf(self, planted: Any, tmp_path: Path) -> None:
+    def test_faulty_kernels(self, planted: Any, tmp_path: Path) -> None:
         for name, fault in planted.FAULTS.items():
-            kernels = planted.faulty_leaf(name, tmp_path)
+            kernels = planted.faulty_kernels(name, tmp_path)
             (source,) = tmp_path.glob("*.py")
-            assert source.read_text() == LEAF.read_text().replace(fault.line, fault.planted)
+            assert source.read_text() == SOURCE.read_text().replace(fault.line, fault.planted)
             assert all(hasattr(kernels, kernel) for kernel in KERNELS)
 
     def test_a_line_that_is_gone(
@@ -533,34 +535,34 @@ class TestPlanted:
         for line in ("no such line", "@triton.jit"):
             monkeypatch.setitem(planted.FAULTS, "gone", planted.Fault(line, "other"))
             with pytest.raises(ValueError, match=f"fault 'gone' must have one line .*{line}"):
-                planted.faulty_leaf("gone", tmp_path)
+                planted.faulty_kernels("gone", tmp_path)
 
 
 class TestCheck:
-    """What becomes of what the rungs find, with rungs that find what they are told."""
+    """The check, with rungs whose results are given."""
 
     @pytest.fixture
-    def climb(
+    def run_rung(
         self, check: Any, monkeypatch: pytest.MonkeyPatch
     ) -> Callable[..., tuple[bool, list[str]]]:
-        """Climbs a rung that finds this; whether all holds, and the lines that were printed."""
+        """Runs a rung with these results; whether all holds, and the lines that were printed."""
 
-        def climb(**found: Any) -> tuple[bool, list[str]]:
+        def run_rung(**found: Any) -> tuple[bool, list[str]]:
             rungs = {"twin": lambda: check.Found(**({"cells": [], "refusals": []} | found))}
             monkeypatch.setattr(check, "RUNGS", rungs | {"other": None})
             text = io.StringIO()
             good = check.check(["twin"], Console(file=text, width=200))
             return good, [line.rstrip() for line in text.getvalue().splitlines()]
 
-        return climb
+        return run_rung
 
-    def test_all_holds(self, check: Any, climb: Any) -> None:
+    def test_all_holds(self, check: Any, run_rung: Any) -> None:
         cells = [
             check.Cell("stats", "planes", "fp32", "twin", measure=0.5),
             check.Cell("combine", "channels", "fp32", "twin"),
         ]
         finding = torch_npu.Finding("2.0", "aten::op", "registered", "")
-        good, lines = climb(
+        good, lines = run_rung(
             cells=cells, refusals=[check.Refusal("twin", "a sign", "9 times")], findings=[finding]
         )
         assert good
@@ -575,10 +577,10 @@ class TestCheck:
             "torch_npu 2.0: aten::op registered",
             "planted on twin, a sign: refused: 9 times",
             "pass: 2 cells, 1 operators, 1 planted faults on twin",
-            "not asked for: other",
+            "not run: other",
         ]
 
-    def test_faults(self, check: Any, climb: Any) -> None:
+    def test_faults(self, check: Any, run_rung: Any) -> None:
         for found, line in (
             (
                 {"cells": [check.Cell("stats", "planes", "fp32", "twin", "9 times")]},
@@ -593,25 +595,25 @@ class TestCheck:
                 "torch_npu 2.0: aten::op FAULT: is gone",
             ),
         ):
-            good, lines = climb(**found)
+            good, lines = run_rung(**found)
             assert not good
             assert lines[0].startswith("twin DOES NOT HOLD, ")
             assert line in lines
             assert lines[-2].startswith("FAIL: ")
 
-    def test_one_fault_among_what_holds(self, check: Any, climb: Any) -> None:
+    def test_one_fault_among_what_holds(self, check: Any, run_rung: Any) -> None:
         faults = [check.Refusal("twin", "a sign", reason) for reason in ("9 times", "", "9 times")]
-        assert not climb(refusals=faults)[0]
+        assert not run_rung(refusals=faults)[0]
         cells = [check.Cell("stats", "planes", dtype, "twin") for dtype in DTYPES]
         cells.insert(1, check.Cell("combine", "channels", "fp32", "twin", "9 times"))
-        assert not climb(cells=cells)[0]
+        assert not run_rung(cells=cells)[0]
 
-    def test_messages_are_printed_as_they_are(self, check: Any, climb: Any) -> None:
+    def test_messages_are_printed_as_they_are(self, check: Any, run_rung: Any) -> None:
         message = "error: expected [bold] [/store], got [tt.load]"
         cell = check.Cell("stats", "planes", "fp32", "twin", message)
         refusal = check.Refusal("twin", "a sign", message)
         finding = torch_npu.Finding("2.0", "aten::op", "declared", message)
-        _, lines = climb(cells=[cell], refusals=[refusal], findings=[finding])
+        _, lines = run_rung(cells=[cell], refusals=[refusal], findings=[finding])
         assert sum(message in line for line in lines) == 3
 
     def test_a_tool_that_fails_is_a_fault(
@@ -707,7 +709,7 @@ class TestToolchain:
         ids=["wheel", "bishengir-compile", "llc"],
     )
     def test_missing(self, tool: Callable[[], Any], path: str, tmp_path: Path) -> None:
-        message = f"{tmp_path / path} is not there: make kernels, or python -m audit kernels inst"
+        message = f"{tmp_path / path} is missing: run make kernels, or python -m audit kernels inst"
         with pytest.raises(toolchain.MissingTool, match=message):
             tool()
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -719,7 +721,7 @@ class TestToolchain:
         with pytest.raises(toolchain.MissingTool, match="no cc: apt-get install gcc"):
             toolchain.c_compiler()
         with pytest.raises(
-            toolchain.MissingTool, match=r"^apt-get, of Debian or Ubuntu, fetches mlir"
+            toolchain.MissingTool, match=r"^apt-get of Debian or Ubuntu is needed to fetch mlir"
         ):
             toolchain._install_packages()
 

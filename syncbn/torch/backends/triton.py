@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from syncbn.kernels import leaf
+from syncbn.kernels import batch_norm
 from syncbn.kernels.operations import Operations
 from syncbn.kernels.variants import Variant
 
@@ -29,7 +29,7 @@ def _launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
         nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
     )
     with there:
-        getattr(leaf, variant.kernel)[(programs,)](*arguments, **variant.constants)
+        getattr(batch_norm, variant.kernel)[(programs,)](*arguments, **variant.constants)
 
 
 def _machine(device: torch.device) -> tuple[str, int]:

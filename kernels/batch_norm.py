@@ -1,23 +1,28 @@
-"""The five leaf operations in Triton: four that go over the data, and the merge of statistics.
+"""The five operations in Triton: stats, combine, normalize, reduce_grad, input_grad.
 
-One source for Ascend (triton-ascend), CUDA (triton) and Triton's interpreter. Every kernel reads x
-as a contiguous (R, C, S) tensor in tiles of BLOCK_R rows and BLOCK values side by side, and has two
-ways to lay them:
+One source for Ascend (triton-ascend), CUDA (triton) and Triton's interpreter. The function of the
+same name in `syncbn.reference.formulas` is the plain version of each kernel, and `syncbn.reference.
+bounds` says how far a kernel may be from it.
+
+Every kernel except `combine` reads x as a contiguous (R, C, S) tensor, in tiles of BLOCK_R rows by
+BLOCK values. There are two layouts of a tile:
 
 - planes (S > 1, from contiguous input): a tile is (rows, places) of one channel;
 - columns (S = 1, from channels-last input and (N, C)): a tile is (rows, channels).
 
-The work is cut into items: `parts` runs of `per_part` tiles, of each channel or block of channels.
-A program takes every `num_programs`-th item, so the grid has the size of the machine, whatever the
-input. Per channel there is one number of each part, merged afterwards: no atomics.
+The work is divided into items. An item is one part of one channel (planes) or of one block of
+channels (columns); a part is a run of `per_part` tiles, and there are `parts` of them. A program
+takes every `num_programs`-th item, so the size of the grid depends on the machine and not on the
+input. A reduction writes one number per part and channel, and the parts are merged afterwards: no
+atomics.
 
-A sum adds up _RUN tiles place by place, then the tile in steps of _RUN, then those totals, so that
-few additions are in a row, as reference/bounds.py asks, also where a compiler adds one by one.
-Everything is added up in float32. What lies beyond the data is never counted: it is loaded as the
-neutral value (`other=`).
+A sum adds _RUN tiles place by place, then the values of that tile in steps of _RUN, then those
+totals. So there are few additions in a row, as the bounds require, even where a compiler adds one
+by one. Every sum is in float32. Places beyond the data are loaded as a neutral value (`other=`), so
+they never count.
 
-How Ascend wants it: tiles are 2-D strided, for an index taken apart by // and % on a tensor becomes
-scalar loads; on scalars they are free. Addresses are int64, masks are compared in int32.
+Two rules come from Ascend. Tiles are 2-D and strided, because // and % on a tensor of indices
+become scalar loads; on scalars they are free. Addresses are int64, and masks are compared in int32.
 """
 
 from __future__ import annotations
@@ -27,14 +32,14 @@ import triton.language as tl
 
 _RUN = tl.constexpr(16)
 
-# A new number of rows, as of the last batch of an epoch, shall not compile anew. C and S shall:
-# what they are multiples of is how wide a GPU loads.
+# Do not recompile for another R: the last batch of an epoch has fewer rows. Do specialize on C and
+# S: their divisibility decides how many values a GPU loads at a time.
 _SIZES = ["R", "per_part", "parts"]
 
 
 @triton.jit
 def _extent(R, C, S, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
-    """How many blocks of channels there are, and tiles in each."""
+    """The number of blocks of channels, and the number of tiles in each."""
     if COLUMNS:
         blocks = tl.cdiv(C, BLOCK)
         tiles = tl.cdiv(R, BLOCK_R)
@@ -69,7 +74,7 @@ def _tile(t, block, R, C, S, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK
 
 @triton.jit
 def _values_before(t, R, S, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
-    """How many values of a channel lie in the tiles before tile t."""
+    """The number of values of a channel in the tiles before tile t."""
     if COLUMNS:
         values = tl.minimum(t * BLOCK_R, R).to(tl.int64)
     else:
@@ -83,7 +88,7 @@ def _values_before(t, R, S, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK:
 
 @triton.jit
 def _channels(block, C, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Index and mask of the channels of a block: a row of numbers, or a number."""
+    """Index and mask of the channels of a block: rows (BLOCK,) for columns, scalars for planes."""
     if COLUMNS:
         index = block * BLOCK + tl.arange(0, BLOCK)
         mask = index < C
@@ -95,7 +100,7 @@ def _channels(block, C, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _of_channels(ptr, index, mask, COLUMNS: tl.constexpr):
-    """A value of each channel, in float32, to be broadcast to a tile."""
+    """One float32 value per channel, in a shape that broadcasts to a tile."""
     if COLUMNS:
         value = tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)[None, :]
     else:
@@ -105,7 +110,7 @@ def _of_channels(ptr, index, mask, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _sum(tile, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of a tile over all but channels, _RUN at a time: a compiler may add one by one."""
+    """The sum of a tile over everything except channels, in steps of _RUN values."""
     if COLUMNS:
         some = tl.sum(tl.reshape(tile, (BLOCK_R // _RUN, _RUN, BLOCK)), axis=1)
         total = tl.sum(some, axis=0)[None, :]
@@ -118,13 +123,13 @@ def _sum(tile, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _zero(COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """What `_sum` gives of nothing."""
+    """A zero of the shape that `_sum` returns."""
     return tl.zeros((1, BLOCK), dtype=tl.float32) if COLUMNS else 0.0
 
 
 @triton.jit
 def _store(ptr, index, mask, value, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write what `_sum` gave."""
+    """Write a result of `_sum`."""
     if COLUMNS:
         tl.store(ptr + index, tl.reshape(value, (BLOCK,)), mask=mask)
     else:
@@ -133,12 +138,12 @@ def _store(ptr, index, mask, value, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _deviations(x_ptr, offsets, mask, mean, COLUMNS: tl.constexpr):
-    """x - mean in float32, 0 beyond the data."""
+    """x - mean in float32, and 0 beyond the data."""
     if COLUMNS:  # triton-ascend cannot lower an `other` that is a row of means
         d = _masked_deviations(x_ptr, offsets, mask, mean)
     elif x_ptr.dtype.element_ty == tl.float32:
         d = tl.load(x_ptr + offsets, mask=mask, other=mean) - mean
-    else:  # whose `other` would be the mean rounded to half
+    else:  # `other` would be the mean rounded to half precision
         d = _masked_deviations(x_ptr, offsets, mask, mean)
     return d
 
@@ -151,7 +156,10 @@ def _masked_deviations(x_ptr, offsets, mask, mean):
 
 @triton.jit
 def _corrected(mean, shift):
-    """mean + shift, the mean of x - mean, which is no number for an infinite mean, which stays."""
+    """mean + shift, where shift is the mean of x - mean.
+
+    If the mean is infinite, the shift is NaN and the mean is kept.
+    """
     return tl.where(tl.abs(shift) < float("inf"), mean + shift, mean)
 
 
@@ -160,11 +168,20 @@ def stats(
     x_ptr, mean_ptr, var_ptr, count_ptr, R, C, S, per_part, parts,
     COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance (parts, C) of each part, and how many values it has (parts,).
+    """mean = sum x / count and var = sum (x - mean)^2 / count of each part.
 
-    In two passes, of which the second also corrects the mean: what is left of a rounding error that
-    all values share, as in a constant channel, is the mean of x - mean. A variance is added up as
-    variance, in 64ths: its sum of squares may overflow where it does not.
+    Plain version: `syncbn.reference.formulas.stats`.
+
+    There are two passes over x. The second one also corrects the mean by the mean of x - mean: the
+    rounding error that all values share, as in a constant channel. The squares are divided by count
+    before they are added, in 64ths, because a sum of squares may overflow where the variance does
+    not.
+
+    Args:
+        x_ptr: (R, C, S), float32, float16 or bfloat16.
+        mean_ptr, var_ptr: results (parts, C), float32.
+        count_ptr: result (parts,), float32, the number of values per channel of each part.
+        per_part, parts: see the module.
     """
     blocks, tiles = _extent(R, C, S, COLUMNS, BLOCK_R, BLOCK)
     for item in range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
@@ -196,8 +213,8 @@ def stats(
             shift += _sum(sums, COLUMNS, BLOCK_R, BLOCK) / count
             var += _sum(squares * (64.0 / count), COLUMNS, BLOCK_R, BLOCK)
         mean = _corrected(mean, shift)
-        var = tl.where(var < float("inf"), var - shift * shift, var)  # infinity stays what it is
-        var = tl.where(var < 0, 0.0, var)  # not maximum, which would drop a NaN
+        var = tl.where(var < float("inf"), var - shift * shift, var)  # keep infinity
+        var = tl.where(var < 0, 0.0, var)  # `maximum` would drop a NaN
         index, channel_mask = _channels(block, C, COLUMNS, BLOCK)
         _store(mean_ptr + part * C, index, channel_mask, mean, COLUMNS, BLOCK)
         _store(var_ptr + part * C, index, channel_mask, var, COLUMNS, BLOCK)
@@ -209,11 +226,20 @@ def combine(
     means_ptr, vars_ptr, counts_ptr, mean_ptr, var_ptr, invstd_ptr, n_ptr, P, C, eps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merge the statistics (P, C) of P parts of counts (P,); a count of 0 is ignored.
+    """mean = sum w mean_p, var = sum w (var_p + (mean_p - mean)^2), invstd = 1 / sqrt(var + eps).
 
-    Chan, Golub and LeVeque, The American Statistician 37 (1983), for P parts. The mean is corrected
-    by what is left of it, so that parts which agree have exactly their mean. _RUN parts are taken
-    at a time, beside each other.
+    Plain version: `syncbn.reference.formulas.combine`. The formula is that of Chan, Golub and
+    LeVeque, The American Statistician 37 (1983), for P parts of weight w = count_p / n.
+
+    A part with a count of 0 is ignored, whatever its statistics. A second pass adds the mean
+    residual to the mean, so that identical parts give exactly their mean. _RUN parts are taken at a
+    time, one per row of a tile.
+
+    Args:
+        means_ptr, vars_ptr: (P, C), float32.
+        counts_ptr: (P,), float32.
+        mean_ptr, var_ptr, invstd_ptr: results (C,), float32.
+        n_ptr: result (), float32, the sum of the counts.
     """
     parts = tl.arange(0, _RUN)
     counted = tl.zeros((_RUN,), dtype=tl.float32)
@@ -250,14 +276,14 @@ def combine(
 
 @triton.jit
 def _weights(counts_ptr, parts, P, n):
-    """count / n of these parts, as a column, and which of them have values."""
+    """The weights count / n of these parts, and whether a part has values; two columns."""
     counts = tl.load(counts_ptr + parts, mask=parts < P, other=0.0)
     return (counts / tl.maximum(n, 1.0))[:, None], (counts > 0)[:, None]
 
 
 @triton.jit
 def _of_parts(ptr, parts, index, P, C):
-    """(parts, channels) of a (P, C) tensor."""
+    """A tile (parts, channels) of a (P, C) tensor."""
     offsets = tl.cast(parts, tl.int64)[:, None] * C + index[None, :]
     return tl.load(ptr + offsets, mask=(parts < P)[:, None] & (index < C)[None, :], other=0.0)
 
@@ -267,7 +293,16 @@ def normalize(
     x_ptr, mean_ptr, invstd_ptr, weight_ptr, bias_ptr, y_ptr, R, C, S, per_part, parts,
     COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = (x - mean) * invstd * weight + bias."""
+    """y = (x - mean) * invstd * weight + bias.
+
+    Plain version: `syncbn.reference.formulas.normalize`.
+
+    Args:
+        x_ptr: (R, C, S), float32, float16 or bfloat16.
+        mean_ptr, invstd_ptr, weight_ptr, bias_ptr: (C,), float32.
+        y_ptr: result, of the shape and dtype of x.
+        per_part, parts: see the module.
+    """
     blocks, tiles = _extent(R, C, S, COLUMNS, BLOCK_R, BLOCK)
     for item in range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
         block = item % blocks
@@ -289,7 +324,17 @@ def reduce_grad(
     dy_ptr, x_ptr, mean_ptr, sum_dy_ptr, sum_dy_xmu_ptr, R, C, S, per_part, parts,
     COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sum dy and sum dy * (x - mean), (parts, C), of each part; dy is 0 beyond the data."""
+    """sum_dy = sum dy and sum_dy_xmu = sum dy * (x - mean) of each part.
+
+    Plain version: `syncbn.reference.formulas.reduce_grad`. dy is 0 beyond the data, so x needs no
+    neutral value there.
+
+    Args:
+        dy_ptr, x_ptr: (R, C, S), float32, float16 or bfloat16.
+        mean_ptr: (C,), float32.
+        sum_dy_ptr, sum_dy_xmu_ptr: results (parts, C), float32.
+        per_part, parts: see the module.
+    """
     blocks, tiles = _extent(R, C, S, COLUMNS, BLOCK_R, BLOCK)
     for item in range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
         block = item % blocks
@@ -321,7 +366,18 @@ def input_grad(
     R, C, S, per_part, parts,
     COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dx = weight invstd (dy - sum_dy / n - (x - mean) invstd^2 sum_dy_xmu / n)."""
+    """dx = weight invstd (dy - sum_dy / n - (x - mean) invstd^2 sum_dy_xmu / n).
+
+    Plain version: `syncbn.reference.formulas.input_grad`.
+
+    Args:
+        dy_ptr, x_ptr: (R, C, S), float32, float16 or bfloat16.
+        mean_ptr, invstd_ptr, weight_ptr, sum_dy_ptr, sum_dy_xmu_ptr: (C,), float32; both sums are
+            over the group.
+        n_ptr: (), float32, the number of values per channel in the group.
+        dx_ptr: result, of the shape and dtype of dy.
+        per_part, parts: see the module.
+    """
     blocks, tiles = _extent(R, C, S, COLUMNS, BLOCK_R, BLOCK)
     n = tl.load(n_ptr)
     for item in range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
@@ -332,7 +388,7 @@ def input_grad(
         invstd = _of_channels(invstd_ptr, index, channel_mask, COLUMNS)
         scale = invstd * _of_channels(weight_ptr, index, channel_mask, COLUMNS)
         mean_dy = _of_channels(sum_dy_ptr, index, channel_mask, COLUMNS) / n
-        # In this order, for invstd^2 may underflow where the product does not.
+        # In this order: invstd^2 may underflow where the product does not.
         slope = invstd * (_of_channels(sum_dy_xmu_ptr, index, channel_mask, COLUMNS) / n) * invstd
         for t in range(begin, tl.minimum(begin + per_part, tiles)):
             offsets, mask = _tile(t, block, R, C, S, COLUMNS, BLOCK_R, BLOCK)

@@ -1,10 +1,10 @@
-"""Rung `twin`: what triton-ascend lowered the kernels to, compiled for this CPU.
+"""Rung `twin`: compile the code that triton-ascend lowered the kernels to for this CPU.
 
     linalg --mlir-opt--> LLVM dialect --mlir-translate--> LLVM IR --llc--> object --cc--> one
     library
 
-It shows that the lowering computes the right thing: masks, offsets, reductions. It says nothing of
-what bishengir-compile or the device do.
+It shows that the lowering is right: masks, offsets, reductions. It shows nothing about
+bishengir-compile or the device. `syncbn.kernels.twin` runs the library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from audit.ladder import toolchain
 
-# One thread, for several kernels are compiled at a time.
+# One thread per kernel, because several kernels are compiled at a time.
 _OPTIONS = ("-allow-unregistered-dialect", "--mlir-disable-threading")
 _PASSES = (
     "--convert-elementwise-to-linalg",
@@ -40,7 +40,7 @@ _PASSES = (
     "--reconcile-unrealized-casts",
 )
 
-# Calls at every load, store and copy; by itself the pass leaves out a read before a write to the
+# Calls at every load, store and copy. By default the pass leaves out a read before a write to the
 # same address, and adds calls at the ends of functions.
 _COUNTING = (
     "-passes=tsan",
@@ -48,9 +48,9 @@ _COUNTING = (
     "-tsan-instrument-func-entry-exit=false",
 )
 
-# What compiled MLIR calls: a copy between two memrefs of one rank with any strides, each given by
-# its descriptor (allocated, aligned, offset, sizes[rank], strides[rank]); and a conversion to
-# bfloat16, rounding to nearest even, which C libraries have only of late.
+# Functions that compiled MLIR calls. The first copies between two memrefs of one rank with any
+# strides, each given by its descriptor (allocated, aligned, offset, sizes[rank], strides[rank]).
+# The second rounds to bfloat16, to nearest even; only recent C libraries have it.
 _HEADERS = """
 #include <stdint.h>
 #include <string.h>
@@ -94,21 +94,23 @@ _Float16 __truncsfbf2(float value) {
 
 
 class NotCompiled(Exception):
-    """One of the tools did not take its input."""
+    """A tool rejected its input."""
 
 
 def build(lowered: dict[str, str], sources: str, library: Path, counters: str = "") -> None:
-    """Compile linalg modules of one function each into a library, each under its key's name.
+    """Compile linalg modules into a library.
 
     Args:
-        sources: what the library says that it was made from.
-        counters: C code of the functions that every load, store and copy shall call, see `traffic`;
-            by default none is called.
+        lowered: modules of one function each, by the name that the function gets.
+        sources: a hash of the kernels, which the library holds as `twin_sources`.
+        library: the file to write.
+        counters: C code of the functions that every load, store and copy calls, see `traffic`; by
+            default there are no such calls.
     """
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         work = Path(folder)
-        with ThreadPoolExecutor() as threads:  # waiting for the tools, which use the processors
+        with ThreadPoolExecutor() as threads:  # the tools are processes
             counted = bool(counters)
             made_of = [threads.submit(_object, *item, work, counted) for item in lowered.items()]
             objects = [future.result() for future in made_of]
@@ -125,7 +127,7 @@ def _object(symbol: str, linalg: str, work: Path, counted: bool) -> Path:
     source.write_text(linalg.replace(" {hivm.unlikely_condition}", ""))
     _run(toolchain.llvm("mlir-opt"), str(source), *_OPTIONS, *_PASSES, "-o", str(dialect))
     _run(toolchain.llvm("mlir-translate"), "--mlir-to-llvmir", str(dialect), "-o", str(ir))
-    # A function that MLIR adds to modules, and would be there several times in one library.
+    # MLIR adds this function to every module; the library must not have it several times.
     public = "define void @dealloc_helper"
     ir.write_text(ir.read_text().replace(public, public.replace("define", "define internal")))
     if counted:

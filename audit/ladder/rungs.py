@@ -1,4 +1,4 @@
-"""Climbs the ladder: every kernel, layout and dtype on every rung, and what must be refused."""
+"""Run the rungs of the ladder: every kernel, layout and dtype, and the planted faults."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ from typing import Any, NamedTuple, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from audit.ladder import cuda, interpreted, judged, lowered, planted, toolchain, torch_npu
-from audit.ladder import twin as twin_compiler
-from syncbn.kernels import leaf, twin
+from audit.ladder import (
+    cuda,
+    interpreted,
+    judged,
+    lowered,
+    planted,
+    toolchain,
+    torch_npu,
+    twin_build,
+)
+from syncbn.kernels import batch_norm, twin
 from syncbn.kernels.plan import Tiles
 from syncbn.kernels.variants import DTYPES, LAYOUTS, Variant, variants
 from syncbn.reference.ratio import THRESHOLD
@@ -30,69 +38,70 @@ U = TypeVar("U")
 
 
 class Cell(NamedTuple):
-    """What a rung says of a kernel in one layout and dtype.
-
-    fault is empty if the rung holds. measure is a ratio to the bound, or KiB of on-chip memory of
-    the tile that takes most; None where there is nothing to measure.
-    """
+    """The result of a rung for a kernel in one layout and dtype."""
 
     kernel: str
     layout: str
     dtype: str
     rung: str
-    fault: str = ""
+    fault: str = ""  # empty if the rung holds
+    # The largest ratio to the bound, or the most KiB on chip that a tile takes; None if the rung
+    # measures nothing.
     measure: float | None = None
 
 
 class Refusal(NamedTuple):
-    """A planted fault and why the rung refused it: empty if it did not, which fails the check."""
+    """The result of a rung for a planted fault."""
 
     rung: str
     fault: str
-    reason: str
+    reason: str  # why the rung refused it; empty if it did not, and then the check fails
 
 
 class Found(NamedTuple):
+    """The results of a rung."""
+
     cells: list[Cell]
     refusals: list[Refusal]
     findings: Sequence[torch_npu.Finding] = ()
 
     @property
     def good(self) -> bool:
+        """Whether every kernel and operator holds and every planted fault was refused."""
         faults = [cell.fault for cell in self.cells] + [finding.fault for finding in self.findings]
         return not any(faults) and all(refusal.reason for refusal in self.refusals)
 
 
 def check(rungs: Sequence[str], console: Console) -> bool:
-    """Climb these rungs and print what they found; whether all hold and refuse what they must."""
+    """Run these rungs and print their results; True if all of them are good."""
     cells: list[Cell] = []
     refusals: list[Refusal] = []
     findings: list[torch_npu.Finding] = []
     for rung in rungs:
         started = time.monotonic()
-        found = _climb(rung)
+        found = _run(rung)
         cells += found.cells
         refusals += found.refusals
         findings += found.findings
-        said = "holds" if found.good else "DOES NOT HOLD"
-        _say(console, f"{rung} {said}, {time.monotonic() - started:.0f} s")
+        verdict = "holds" if found.good else "DOES NOT HOLD"
+        _print(console, f"{rung} {verdict}, {time.monotonic() - started:.0f} s")
     _print_cells(cells, console)
     _print_findings(findings, console)
     _print_refusals(refusals, console)
     good = Found(cells, refusals, findings).good
     left_out = [rung for rung in RUNGS if rung not in rungs]
     what = f"{len(cells)} cells, {len(findings)} operators, {len(refusals)} planted faults"
-    _say(console, f"{'pass' if good else 'FAIL'}: {what} on {', '.join(rungs)}")
+    _print(console, f"{'pass' if good else 'FAIL'}: {what} on {', '.join(rungs)}")
     if left_out:
-        _say(console, f"not asked for: {', '.join(left_out)}")
+        _print(console, f"not run: {', '.join(left_out)}")
     return good
 
 
-def _climb(rung: str) -> Found:
-    """What the rung finds; a tool that fails is a fault of all its kernels."""
+def _run(rung: str) -> Found:
+    """The results of a rung; a tool that fails counts as a fault of all kernels."""
     try:
         return RUNGS[rung]()
-    except (lowered.Refused, twin_compiler.NotCompiled, RuntimeError) as error:
+    except (lowered.Refused, twin_build.NotCompiled, RuntimeError) as error:
         if isinstance(error, toolchain.MissingTool):
             raise
         return Found([Cell("all", "", "", rung, str(error))], [])
@@ -120,7 +129,7 @@ def _lowered() -> Found:
     faults = {
         "float64": (planted.float64_sum, planted.SIGNATURE, planted.CONSTANTS),
         "tuple reduce": (planted.tuple_reduce, planted.SIGNATURE, planted.CONSTANTS),
-        "over-large tile": _arguments(Variant("stats", Tiles(False, 16, 1024), "fp32"), leaf),
+        "over-large tile": _arguments(Variant("stats", Tiles(False, 16, 1024), "fp32"), batch_norm),
     }
     refusals = [
         Refusal("lowered", fault, _refused(*arguments)) for fault, arguments in faults.items()
@@ -139,7 +148,7 @@ def _twin() -> Found:
     halves = [v for v in every if v.dtype == "fp16" or v.tiles is None]
     for fault in planted.FAULTS:
         with tempfile.TemporaryDirectory() as folder:
-            kernels = planted.faulty_leaf(fault, Path(folder))
+            kernels = planted.faulty_kernels(fault, Path(folder))
             modules = [_lower(variant, kernels) for variant in halves]
             library = Path(folder) / "twin.so"
             _compile(halves, modules, library)
@@ -177,17 +186,17 @@ RUNGS: dict[str, Callable[[], Found]] = {
 
 @functools.cache
 def _linalg(variant: Variant) -> str:
-    return _lower(variant, leaf)
+    return _lower(variant, batch_norm)
 
 
 def _lower(variant: Variant, kernels: ModuleType) -> str:
-    """One at a time: Triton's front end is not made for threads."""
+    """The kernel as linalg; one at a time, because Triton's front end is not thread-safe."""
     with _FRONT_END:
         return lowered.lower(*_arguments(variant, kernels))
 
 
 def _accepted(variant: Variant) -> tuple[str, float | None]:
-    """The fault, or empty and how many KiB on chip it takes."""
+    """The fault and None, or "" and the KiB on chip that the kernel takes."""
     try:
         return "", lowered.accept(_linalg(variant)) / 1024
     except lowered.Refused as refused:
@@ -209,7 +218,7 @@ def _arguments(variant: Variant, kernels: ModuleType) -> tuple[Any, dict[str, st
 
 def _compile(of: list[Variant], modules: list[str], library: Path) -> None:
     by_symbol = dict(zip((variant.symbol for variant in of), modules, strict=True))
-    twin_compiler.build(by_symbol, twin.sources(), library)
+    twin_build.build(by_symbol, twin.sources(), library)
 
 
 def _cells_of_ratios(rung: str, dtype: str, found: dict[str, dict[str, float]]) -> list[Cell]:
@@ -236,19 +245,19 @@ def _beyond_the_bound(found: dict[str, dict[str, float]]) -> str:
 
 
 def _worst(cells: list[Cell]) -> list[Cell]:
-    """Of the tiles of a kernel, the one that is refused or takes most."""
+    """One cell per kernel, layout, dtype and rung: a tile that is refused, or the largest."""
     ordered = sorted(cells, key=lambda cell: (bool(cell.fault), cell.measure or 0.0))
     return list({cell[:4]: cell for cell in ordered}.values())
 
 
 def _map(function: Callable[[T], U], values: Iterable[T]) -> list[U]:
-    """In threads, for the work is in other processes."""
+    """In threads, because the work is in other processes."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(function, values))
 
 
-def _say(console: Console, line: str) -> None:
-    """Print it as it is."""
+def _print(console: Console, line: str) -> None:
+    """Print a line without markup or wrapping."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -270,7 +279,7 @@ def _print_cells(cells: list[Cell], console: Console) -> None:
     for cell in cells:
         if cell.fault:
             where = " ".join(filter(None, cell[:3]))
-            _say(console, f"{cell.rung} of {where}: {cell.fault}")
+            _print(console, f"{cell.rung} of {where}: {cell.fault}")
 
 
 def _text(cell: Cell | None) -> str:
@@ -283,11 +292,11 @@ def _text(cell: Cell | None) -> str:
 
 def _print_findings(findings: list[torch_npu.Finding], console: Console) -> None:
     for finding in findings:
-        said = f"FAULT: {finding.fault}" if finding.fault else finding.evidence
-        _say(console, f"torch_npu {finding.version}: {finding.subject} {said}")
+        result = f"FAULT: {finding.fault}" if finding.fault else finding.evidence
+        _print(console, f"torch_npu {finding.version}: {finding.subject} {result}")
 
 
 def _print_refusals(refusals: list[Refusal], console: Console) -> None:
     for rung, fault, reason in refusals:
-        said = f"refused: {reason}" if reason else "NOT REFUSED"
-        _say(console, f"planted on {rung}, {fault}: {said}")
+        result = f"refused: {reason}" if reason else "NOT REFUSED"
+        _print(console, f"planted on {rung}, {fault}: {result}")
