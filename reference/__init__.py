@@ -5,6 +5,20 @@ from syncbn.extras import require
 require("syncbn.reference", "conformance", "numpy")
 
 from syncbn.reference.bounds import Bounded, Precision
-from syncbn.reference.layer import Gradients, SyncBatchNorm, averaged
+from syncbn.reference.layer import (
+    Cotangents,
+    Gradients,
+    SecondGradients,
+    SyncBatchNorm,
+    averaged,
+)
 
-__all__ = ["Bounded", "Gradients", "Precision", "SyncBatchNorm", "averaged"]
+__all__ = [
+    "Bounded",
+    "Cotangents",
+    "Gradients",
+    "Precision",
+    "SecondGradients",
+    "SyncBatchNorm",
+    "averaged",
+]

@@ -121,10 +121,14 @@ class Scale(NamedTuple):
     relative: Array  # ds, its relative error
 
 
+def rounding(size: Array, dtype: str) -> Array:
+    """How far rounding to `dtype` moves a value of this size."""
+    return _UNIT_ROUNDOFF[dtype] * size + _SMALLEST_SUBNORMAL[dtype] / 2
+
+
 def rounded(result: Bounded, dtype: str) -> Bounded:
     """The result after rounding to `dtype`."""
-    rounding = _UNIT_ROUNDOFF[dtype] * np.abs(result.value) + _SMALLEST_SUBNORMAL[dtype] / 2
-    return Bounded(result.value, result.bound + rounding)
+    return Bounded(result.value, result.bound + rounding(np.abs(result.value), dtype))
 
 
 def of_average(results: Sequence[Bounded], dtype: str) -> Bounded:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from syncbn.reference import bounds, formulas
+from syncbn.reference import bounds, formulas, second
 from syncbn.reference.bounds import Bounded, Precision, Statistics
 from syncbn.reference.formulas import Array
 
@@ -27,6 +27,24 @@ class Gradients:
     input: Bounded  # of the shape of its shard
     weight: Bounded  # (C,)
     bias: Bounded  # (C,)
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """Where the second backward pass of one rank starts: the cotangents of its first gradients."""
+
+    input: Array  # of the shape of its shard
+    weight: Array  # (C,)
+    bias: Array  # (C,)
+
+
+@dataclass(frozen=True)
+class SecondGradients:
+    """What one rank gets from the second backward pass; the bias has none."""
+
+    input: Bounded  # of the shape of its shard
+    grad_output: Bounded  # of the shape of its shard
+    weight: Bounded  # (C,), the sum over all ranks; how they divide it is not defined
 
 
 def averaged(gradients: Sequence[Gradients], dtype: str) -> list[Gradients]:
@@ -141,6 +159,29 @@ class SyncBatchNorm:
             result += self._gradients(one, _matrix(taken))
         return result
 
+    def double_backward(
+        self, grad_outputs: Sequence[Array], cotangents: Sequence[Cotangents]
+    ) -> list[SecondGradients]:
+        """The gradients of the first gradients (GRAD-5), for all shards of the last forward.
+
+        They are the derivatives of the sum over ranks of <c.input, dx> + <c.weight, grad_weight>
+        + <c.bias, grad_bias>, where c are the rank's cotangents and the others its gradients.
+
+        Args:
+            grad_outputs: what the first backward pass started from, of each rank.
+            cotangents: what the second backward pass starts from, of each rank.
+        """
+        remaining = list(zip(grad_outputs, cotangents, strict=True))
+        inputs, outputs, weights = [], [], []
+        for one in self._passes:
+            taken, remaining = remaining[: len(one.shapes)], remaining[len(one.shapes) :]
+            to_input, to_grad_output, to_weight = self._second(one, taken)
+            inputs += _split(to_input, one)
+            outputs += _split(to_grad_output, one)
+            weights.append(to_weight)
+        weight = Bounded(*(np.sum(parts, axis=0) for parts in zip(*weights, strict=True)))
+        return [SecondGradients(x, dy, weight) for x, dy in zip(inputs, outputs, strict=True)]
+
     @property
     def _u(self) -> float:
         return Precision(self._input_dtype).u
@@ -198,6 +239,27 @@ class SyncBatchNorm:
                 )
             )
         return result
+
+    def _second(
+        self, one: _Pass, taken: Sequence[tuple[Array, Cotangents]]
+    ) -> tuple[Bounded, Bounded, Bounded]:
+        group = second.Group(
+            one.x,
+            one.slices,
+            one.stats,
+            self.eps,
+            self.weight,
+            self._u,
+            self._input_dtype,
+            self.dtype,
+        )
+        counts = [part.stop - part.start for part in one.slices]
+        dy = _matrix([grad_output for grad_output, _ in taken])
+        a = _matrix([cotangents.input for _, cotangents in taken])
+        p = np.repeat([cotangents.weight for _, cotangents in taken], counts, axis=0).T
+        q = np.repeat([cotangents.bias for _, cotangents in taken], counts, axis=0).T
+        differentiate = second.in_training if one.of_batch else second.in_eval
+        return differentiate(group, dy, a, p, q)
 
     def _input_grad(self, one: _Pass, dy: Array, scale: bounds.Scale) -> Bounded:
         mean, var, n = one.stats.mean.value, one.stats.var.value, max(one.stats.n, 1)

@@ -22,7 +22,7 @@ import pytest
 
 from syncbn.conformance.case import Case
 from syncbn.conformance.verdict import VERDICTS
-from syncbn.reference import Bounded
+from syncbn.reference import Bounded, second
 from syncbn.reference.bounds import Scale, Statistics
 
 Change: TypeAlias = Callable[[Any], Any]  # from what is there to what takes its place
@@ -145,6 +145,13 @@ _DERIVATIVES = (
 )
 _EXACT = "reference/test_reference.py::test_values_are_those_of_exact_arithmetic"
 _MERGED = "reference/test_reference.py::test_combine_merges_parts_and_ignores_empty_ones"
+_SECOND = "syncbn.reference.second"
+_SECOND_REACH = "reference/test_second_bounds.py::test_every_bound_is_within_reach"
+_SECOND_VALUES = (
+    "reference/test_second.py::test_they_are_the_derivatives_of_the_first_gradients",
+    "reference/test_second.py::test_they_are_those_of_pytorch",
+    "reference/test_second.py::test_values_are_those_of_exact_arithmetic",
+)
 _MOMENTUM = "reference/test_reference.py::test_running_statistics_move_by_the_momentum"
 _GROUP = "conformance/test_expected.py::test_statistics_are_those_of_the_group"
 _FORWARDS = "conformance/test_expected.py::test_every_forward_moves_the_statistics"
@@ -401,7 +408,27 @@ DATA = {
         ("conformance/test_data.py::test_gradients_that_sum_to_zero",),
     ),
 }
-SABOTAGES = COMPARATORS | REFERENCE | BOUNDS | EXPECTATIONS | DATA
+SECOND = {
+    f"1000 {name} of second derivatives": Sabotage(
+        f"{_SECOND}:{name}", then(times_1000), (_SECOND_REACH,)
+    )
+    for name in ("of_e", "of_b", "weight_term_bound", "slopes_term_bound", "scale_term_bound")
+} | {
+    "second derivatives lack the term of the variance": Sabotage(
+        f"{_SECOND}:of_b", then(lambda b: Bounded(0 * b.value, b.bound)), _SECOND_VALUES
+    ),
+    "second derivatives lack the slopes": Sabotage(
+        f"{_SECOND}:_reduced",
+        then(lambda one: one._replace(slope=Bounded(0 * one.slope.value, one.slope.bound))),
+        _SECOND_VALUES,
+    ),
+    "second derivatives in eval are those of training": Sabotage(
+        f"{_SECOND}:in_eval",
+        lambda in_eval: lambda *args: second.in_training(*args),
+        _SECOND_VALUES[:2],
+    ),
+}
+SABOTAGES = COMPARATORS | SECOND | REFERENCE | BOUNDS | EXPECTATIONS | DATA
 
 
 # Processes
