@@ -1,9 +1,9 @@
-"""What the kernels move to and from device memory, counted in their lowered code as it runs.
+"""Count the bytes that the kernels move to and from device memory, in their lowered code.
 
-The twin of a kernel (see `twin`) is compiled with a call at every load, store and copy, by LLVM's
-ThreadSanitizer pass, which instruments memory accesses and nothing else. In place of that tool's
-library stands one that counts the bytes of those accesses whose address is in a tensor that the
-kernel was given: what lies elsewhere is on-chip memory.
+The twin of a kernel (see `twin_build`) is compiled with a call at every load, store and copy, by
+LLVM's ThreadSanitizer pass, which instruments memory accesses and nothing else. A runtime of our
+own replaces that of the tool. It counts the bytes of the accesses whose address is in a tensor of
+the launch; other addresses are on-chip memory.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from audit.ladder import lowered, toolchain, twin
-from syncbn.kernels import leaf
+from audit.ladder import lowered, toolchain, twin_build
+from syncbn.kernels import batch_norm
 from syncbn.kernels.twin import call
 from syncbn.kernels.variants import Variant
 
@@ -102,9 +102,9 @@ class _Tensor(ctypes.Structure):
 @functools.cache
 def _library(variant: Variant) -> ctypes.CDLL:
     """The kernel alone, compiled with its counters; it stays loaded."""
-    kernel = getattr(leaf, variant.kernel)
+    kernel = getattr(batch_norm, variant.kernel)
     linalg = lowered.lower(kernel, variant.signature(kernel.arg_names), variant.constants)
     with tempfile.TemporaryDirectory(dir=toolchain.FOLDER) as folder:
         path = Path(folder) / "counted.so"
-        twin.build({variant.symbol: linalg}, "", path, counters=_RUNTIME)
+        twin_build.build({variant.symbol: linalg}, "", path, counters=_RUNTIME)
         return ctypes.CDLL(str(path))
