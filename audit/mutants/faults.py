@@ -98,10 +98,8 @@ class WeighsImages(Fault):
 
     dies_in = ("FWD-3",)
 
-    def pack(self, x: Array, mark: int) -> Array:
-        message = super().pack(x, mark)
-        message[-2] = len(x)
-        return message
+    def count_of(self, x: Array) -> int:
+        return len(x)
 
 
 class VarianceWithinRanks(Fault):
@@ -124,10 +122,9 @@ class CountInFloat16(Fault):
 
     dies_in = ("NUM-3",)
 
-    def pack(self, x: Array, mark: int) -> Array:
-        message = super().pack(x, mark)
-        message[-2] = np.float16(message[-2])
-        return message
+    def counts(self, table: Array) -> Array:
+        with np.errstate(over="ignore"):
+            return super().counts(table).astype(np.float16).astype(np.float64)
 
 
 class EmptyRankCountsOne(Fault):
@@ -138,10 +135,8 @@ class EmptyRankCountsOne(Fault):
 
     dies_in = ("FWD-4",)
 
-    def pack(self, x: Array, mark: int) -> Array:
-        message = super().pack(x, mark)
-        message[-2] = max(message[-2], 1)
-        return message
+    def count_of(self, x: Array) -> int:
+        return max(super().count_of(x), 1)
 
 
 class EmptyRankSendsNaN(Fault):
@@ -152,10 +147,9 @@ class EmptyRankSendsNaN(Fault):
 
     dies_in = ("FWD-4",)
 
-    def pack(self, x: Array, mark: int) -> Array:
-        message = super().pack(x, mark)
-        message[:-2] = message[:-2] if x.size else np.nan
-        return message
+    def no_stats(self) -> tuple[Array, Array]:
+        mean, var = super().no_stats()
+        return mean, var + np.nan
 
 
 class GathersTwice(Fault):
@@ -168,8 +162,8 @@ class GathersTwice(Fault):
 
     def exchange(self, *step: Any) -> Array:
         table = super().exchange(*step)
-        counts = self.communicator.all_gather(np.array([float(self.count)]))
-        return np.concatenate([table[:, :-2], counts, table[:, -1:]], axis=1)
+        self.communicator.all_gather(np.array([float(self.count)]))
+        return table
 
 
 class IgnoresProcessGroup(Fault):
@@ -833,9 +827,9 @@ class UntrackedEvalOfGroup(Fault):
     dies_in = ("TRACK-2",)
 
     def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
-        if self.track_running_stats:
+        if state.running_mean is not None:
             return super().evaluate(x, state, communicator)
-        table = communicator.all_gather(self.pack(x, NOTHING))
+        table = communicator.all_gather(self.message(x, NOTHING))
         return self.combine_table(table, x.dtype), communicator
 
 
@@ -848,7 +842,7 @@ class UntrackedEvalOfInitial(Fault):
     dies_in = ("TRACK-2",)
 
     def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
-        if self.track_running_stats:
+        if state.running_mean is not None:
             return super().evaluate(x, state, communicator)
         zeros = np.zeros(self.num_features, x.dtype)
         return Statistics(zeros, zeros + 1, n=0), None
@@ -922,8 +916,8 @@ class HidesIdleRanks(Fault):
 
     dies_in = ("GRAD-4",)
 
-    def pack(self, x: Array, mark: int) -> Array:
-        return super().pack(x, BACKWARD)
+    def message(self, x: Array | None, mark: int) -> Array:
+        return super().message(x, BACKWARD if mark == NOTHING else mark)
 
 
 # --- attributes and contexts --------------------------------------------------------------------

@@ -12,6 +12,7 @@ bfloat16 values arrive as float32. Arithmetic is in the dtype of x. The five ope
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -21,9 +22,14 @@ import numpy.typing as npt
 
 from syncbn import protocol
 from syncbn.contract import check_arguments, check_count, check_input_dtype, check_shape
-from syncbn.protocol import BACKWARD, FAIL, NOTHING
+from syncbn.protocol import BACKWARD, FAIL, HEADER_WORDS, NOTHING, PeerError, Settings
 
 Array: TypeAlias = npt.NDArray[Any]
+
+# Messages are padded to a multiple of this many words, so that ranks whose layers differ in
+# num_features exchange messages of one length (up to 123 channels) and can compare them.
+_PAGE = 256
+_BACKENDS = ("plain",)
 
 
 class Communicator(Protocol):
@@ -123,11 +129,15 @@ class Plain:
     ) -> None:
         check_arguments(num_features, eps, momentum, affine, track_running_stats)
         self.num_features = int(num_features)
+        self.affine: bool = affine
+        self.parameter_dtype = parameter_dtype
+        self.set_attributes(eps, momentum, track_running_stats)
+
+    def set_attributes(self, eps: Any, momentum: Any, track_running_stats: Any) -> None:
+        """Take over attributes of the layer, which may change between steps (CTOR-6)."""
         self.eps = float(eps)
         self.momentum = None if momentum is None else float(momentum)
-        self.affine: bool = affine
         self.track_running_stats: bool = track_running_stats
-        self.parameter_dtype = parameter_dtype
 
     def set_attribute(self, name: str, value: Any) -> None:
         """Set eps, momentum or track_running_stats after construction."""
@@ -210,7 +220,7 @@ class Plain:
         if state.running_mean is not None:
             assert state.running_var is not None
             return Statistics(state.running_mean, state.running_var, n=0), None
-        return self.combine_table(self.pack(x, NOTHING)[np.newaxis], x.dtype), Alone()
+        return self.combine_table(self.message(x, NOTHING)[np.newaxis], x.dtype), Alone()
 
     def check_input(self, x: Array, dtype: str) -> None:
         check_shape(x.shape, self.num_features)
@@ -227,34 +237,58 @@ class Plain:
         A rank that fails still joins the all_gather, so that no other rank waits for it.
         """
         error: Exception | None = None
-        message = np.zeros(2 * self.num_features + 2)
         try:
             self.check_input(x, dtype)
-            message[:] = self.pack(x, BACKWARD if differentiates else NOTHING)
+            message = self.message(x, BACKWARD if differentiates else NOTHING)
         except Exception as caught:
-            error = caught
-            message[-1] = FAIL
+            error, message = caught, self.message(None, FAIL)
         table = communicator.all_gather(message)
-        self.raise_together(table[:, -1].tolist(), communicator, error)
+        self.raise_together(table, communicator.ranks, error)
         return table
 
-    def raise_together(
-        self, marks: Sequence[float], communicator: Communicator, error: Exception | None
-    ) -> None:
-        """Raise on every rank if the marks of all ranks show that the step must fail."""
+    def raise_together(self, table: Array, ranks: tuple[int, ...], error: Exception | None) -> None:
+        """Raise on every rank if the messages of all ranks show that the step must fail."""
         if error:
             raise error
-        verdict = protocol.verdict(marks, communicator.ranks)
+        headers = table[:, :HEADER_WORDS].tolist()
+        verdict = protocol.verdict([header[protocol.MARK] for header in headers], ranks)
         if verdict.failed:
-            raise protocol.peer_error(verdict.failed, ["see the error there"] * len(verdict.failed))
+            raise _peer_error(verdict.failed)
+        if difference := self.disagreement(headers, ranks):
+            raise ValueError(difference)
         if verdict.idle:
             raise RuntimeError(protocol.nothing_to_differentiate(verdict.idle))
 
-    def pack(self, x: Array, mark: int) -> Array:
-        """The message of a rank, (2C + 2,): mean, var, count, mark."""
-        count = x.size // self.num_features
-        mean, var = self.stats(x) if count else (np.zeros(self.num_features),) * 2
-        return np.concatenate([mean, var, [count, mark]], dtype=np.float64)
+    def disagreement(self, headers: list[list[float]], ranks: tuple[int, ...]) -> str | None:
+        """How the layers of the ranks differ, or None."""
+        return protocol.disagreement(headers, ranks, _BACKENDS)
+
+    def message(self, x: Array | None, mark: int) -> Array:
+        """The message of a rank: header, mean and var. x is None if the rank has failed."""
+        settings = Settings(
+            num_features=self.num_features,
+            eps=self.eps,
+            momentum=self.momentum if self.track_running_stats else None,
+            dtype=self.parameter_dtype,
+            affine=self.affine,
+            track_running_stats=self.track_running_stats,
+            backend=_BACKENDS[0],
+        )
+        count = 0 if x is None else self.count_of(x)
+        words = np.zeros(-(-(HEADER_WORDS + 2 * self.num_features) // _PAGE) * _PAGE)
+        words[:HEADER_WORDS] = protocol.header(mark, count, settings, _BACKENDS)
+        if x is not None:
+            statistics = np.concatenate(self.stats(x) if x.size else self.no_stats())
+            words[HEADER_WORDS : HEADER_WORDS + len(statistics)] = statistics
+        return words
+
+    def count_of(self, x: Array) -> int:
+        """The number of values per channel."""
+        return x.size // self.num_features
+
+    def no_stats(self) -> tuple[Array, Array]:
+        """Mean and variance of a rank without data."""
+        return np.zeros(self.num_features), np.zeros(self.num_features)
 
     def stats(self, x: Array) -> tuple[Array, Array]:
         """Mean and biased variance of x in two passes."""
@@ -277,9 +311,13 @@ class Plain:
 
     def combine_table(self, table: Array, dtype: Any) -> Statistics:
         """The statistics of all messages, the rows of `table`, in `dtype`."""
-        means = table[:, : self.num_features].astype(dtype)
-        variances = table[:, self.num_features : -2].astype(dtype)
-        return self.combine(means, variances, table[:, -2])
+        statistics = table[:, HEADER_WORDS : HEADER_WORDS + 2 * self.num_features].astype(dtype)
+        means, variances = np.split(statistics, 2, axis=1)
+        return self.combine(means, variances, self.counts(table))
+
+    def counts(self, table: Array) -> Array:
+        """The counts of all messages."""
+        return table[:, protocol.COUNT_HIGH] * protocol.COUNT_WORD + table[:, protocol.COUNT_LOW]
 
     def combine(self, means: Array, variances: Array, counts: Array) -> Statistics:
         """The statistics of all parts, (parts, C); a part with a count of 0 weighs nothing.
@@ -352,8 +390,30 @@ class Plain:
         return (sums[1] * self.invstd(stats.var), sums[0]) if self.affine else (None, None)
 
     def reduce_sums(self, sums: Array, stats: Statistics, communicator: Communicator) -> Array:
-        """The sums of all ranks, (2, C)."""
-        total = communicator.all_reduce(sums.astype(np.float64).ravel())
+        """The sums of all ranks, (2, C), by one all_reduce.
+
+        Raises:
+            PeerError: a rank of the group has failed in the backward.
+        """
+        return self.reduce_together(sums, communicator, failed=False)
+
+    def fail_backward(self, communicator: Communicator | None) -> None:
+        """Join the all_reduce of the backward without sums, so that no other rank waits for it."""
+        if communicator is not None:
+            nothing = np.zeros((2, self.num_features))
+            with contextlib.suppress(PeerError):  # the caller raises this rank's own error
+                self.reduce_together(nothing, communicator, failed=True)
+
+    def reduce_together(self, sums: Array, communicator: Communicator, failed: bool) -> Array:
+        """The sums of all ranks; behind them travels a word for each rank, 1 if it has failed."""
+        ranks = communicator.ranks
+        marks = [float(failed and rank == communicator.rank) for rank in ranks]
+        total = communicator.all_reduce(np.concatenate([sums.ravel(), marks], dtype=np.float64))
+        total, marks_of_all = np.split(total, [sums.size])
+        if marks_of_all.any():
+            raise _peer_error(
+                [rank for rank, mark in zip(ranks, marks_of_all, strict=True) if mark]
+            )
         return total.reshape(sums.shape).astype(sums.dtype)
 
     def input_grad(
@@ -366,6 +426,10 @@ class Plain:
         deviations = x - per_channel(stats.mean, x)
         through_statistics = per_channel(mean_dy, x) + deviations * per_channel(slope, x)
         return (dy - through_statistics) * per_channel(self.scale(stats.var, weight), x)
+
+
+def _peer_error(failed: Sequence[int]) -> PeerError:
+    return protocol.peer_error(failed, ["see the error there"] * len(failed))
 
 
 def rows(x: Array) -> Array:

@@ -49,6 +49,8 @@ class SyncBatchNorm(Wrapper, nn.Module):
         self.plain = algorithm(mutant or self.default)(
             num_features, eps, momentum, affine, track_running_stats, _name(dtype)
         )
+        self.eps, self.momentum = eps, momentum
+        self.track_running_stats = track_running_stats
         self.process_group = process_group
 
         def vector(value: float) -> Tensor:
@@ -100,8 +102,12 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
         layer, wants = ctx.layer, ctx.needs_input_grad
+        try:
+            (x,) = ctx.saved_tensors
+        except Exception:
+            layer.plain.fail_backward(ctx.saved.communicator)
+            raise
         plain, saved = layer.plain, ctx.saved._replace(x=layer.to_array(x))
         dx, *gradients = plain.backward(saved, layer.to_array(dy), wants[0])
         return (
