@@ -990,6 +990,20 @@ class LocalInInferenceMode(Fault):
         return table[own : own + 1] if self.context == "inference_mode" else table
 
 
+class Float32InAutocast(Fault):
+    """In autocast, the output is float32 whatever the dtype of the input.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-8",)
+    frameworks = ("torch",)  # the wrapper of MindSpore does not see the mixed precision
+
+    def normalize(self, *arguments: Any) -> Array:
+        self.keeps_dtype = self.context != "autocast"
+        return super().normalize(*arguments)
+
+
 class RoundsInAutocast(Fault):
     """In autocast, the output is rounded to the precision of bfloat16.
 

@@ -115,7 +115,7 @@ class Plain:
     keeps_format = True
     keeps_gradient_format = True
 
-    # What the forward runs in, as a wrapper tells it: "", "no_grad", "inference_mode", "autocast".
+    # The context of the forward, set by the wrapper: "no_grad", "inference_mode", "autocast" or "".
     context = ""
 
     def __init__(
@@ -129,15 +129,11 @@ class Plain:
     ) -> None:
         check_arguments(num_features, eps, momentum, affine, track_running_stats)
         self.num_features = int(num_features)
-        self.affine: bool = affine
-        self.parameter_dtype = parameter_dtype
-        self.set_attributes(eps, momentum, track_running_stats)
-
-    def set_attributes(self, eps: Any, momentum: Any, track_running_stats: Any) -> None:
-        """Take over attributes of the layer, which may change between steps (CTOR-6)."""
         self.eps = float(eps)
         self.momentum = None if momentum is None else float(momentum)
+        self.affine: bool = affine
         self.track_running_stats: bool = track_running_stats
+        self.parameter_dtype = parameter_dtype
 
     def set_attribute(self, name: str, value: Any) -> None:
         """Set eps, momentum or track_running_stats after construction."""
@@ -426,6 +422,56 @@ class Plain:
         deviations = x - per_channel(stats.mean, x)
         through_statistics = per_channel(mean_dy, x) + deviations * per_channel(slope, x)
         return (dy - through_statistics) * per_channel(self.scale(stats.var, weight), x)
+
+    def double_backward(
+        self, saved: Saved, dy: Array, ddx: Array, ddweight: Array, ddbias: Array
+    ) -> tuple[Array, Array, Array]:
+        """The gradients in dy, x and weight of a function of the results of `backward` (GRAD-5).
+
+        With s = invstd, d = x - mean, V = weight ddx, and the sums over the group A = sum dy,
+        B = sum dy d, C1 = sum V, C2 = sum V d, C3 = sum V dy, the function is
+
+            L = s (C3 - A C1 / n - s^2 B C2 / n) + sum of ddweight s dy d + ddbias dy over the group
+
+        and its gradients follow from dmean/dx = 1 / n and ds/dx = -s^3 d / n. Without a group mean
+        and s are constants.
+
+        Args:
+            saved: of the forward.
+            dy: the argument of `backward`.
+            ddx, ddweight, ddbias: the gradients of L in the results of `backward`.
+        """
+        x, weight, stats, communicator = saved
+        wide_invstd = per_channel(self.invstd(stats.var), x)
+        direct = wide_invstd * per_channel(ddweight, x)
+        v = ddx if weight is None else ddx * per_channel(weight, x)
+        deviations = x - per_channel(stats.mean, x)
+        local = self.double_sums(dy, deviations, v, ddweight)
+        if communicator is None:
+            return (
+                v * wide_invstd + deviations * direct + per_channel(ddbias, x),
+                dy * direct,
+                self.sum(rows(ddx * wide_invstd * dy)),
+            )
+        sums = self.reduce_sums(local, stats, communicator)
+        a, b, c1, c2, c3, weighted_a, weighted_b = sums
+        n, invstd = max(stats.n, 1), self.invstd(stats.var)
+        ratio = invstd * invstd / n
+        ddy = wide_invstd * (v - per_channel(c1 / n, x) - deviations * per_channel(ratio * c2, x))
+        ddy = ddy + deviations * direct + per_channel(ddbias, x)
+        through_mean = (-invstd * ratio * (c1 * b + c2 * a) + invstd * weighted_a) / n
+        through_invstd = invstd * ratio * (c3 - a * c1 / n - 3 * ratio * b * c2 + weighted_b)
+        products = v * per_channel(b, x) + dy * per_channel(c2, x)
+        dx: Array = dy * direct - wide_invstd * per_channel(ratio, x) * products
+        dx = dx - per_channel(through_mean, x) - deviations * per_channel(through_invstd, x)
+        unweighted = self.input_grad(dy, x, stats, None, sums[:2])
+        return ddy, dx, self.sum(rows(ddx * unweighted))
+
+    def double_sums(self, dy: Array, deviations: Array, v: Array, ddweight: Array) -> Array:
+        """The sums of this rank that `double_backward` needs, (7, C)."""
+        terms = (dy, dy * deviations, v, v * deviations, v * dy)
+        a, b, *others = (self.sum(rows(term)) for term in terms)
+        return np.stack([a, b, *others, ddweight * a, ddweight * b])
 
 
 def _peer_error(failed: Sequence[int]) -> PeerError:

@@ -49,8 +49,6 @@ class SyncBatchNorm(Wrapper, nn.Cell):
         self.plain = algorithm(mutant or self.default)(
             num_features, eps, momentum, affine, track_running_stats, _name(dtype)
         )
-        self.eps, self.momentum = eps, momentum
-        self.track_running_stats = track_running_stats
         self.communicator = _communicator(process_group)
 
         def vector(name: str, value: float) -> Parameter:

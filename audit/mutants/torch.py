@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from audit.mutants import algorithm
-from audit.mutants.layer import Alone, Array, Communicator
+from audit.mutants.layer import Alone, Array, Communicator, Saved
 from audit.mutants.wrapper import Wrapper, mutant_layer
 from syncbn.contract import FLOATING, check_dtype
 
@@ -49,8 +50,6 @@ class SyncBatchNorm(Wrapper, nn.Module):
         self.plain = algorithm(mutant or self.default)(
             num_features, eps, momentum, affine, track_running_stats, _name(dtype)
         )
-        self.eps, self.momentum = eps, momentum
-        self.track_running_stats = track_running_stats
         self.process_group = process_group
 
         def vector(value: float) -> Tensor:
@@ -96,7 +95,7 @@ class _Function(torch.autograd.Function):
             layer.to_array(x), _name(x.dtype), _communicator(layer.process_group), differentiates
         )
         # x is saved as a tensor: when backward reads it, checkpointing runs the forward again.
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, weight)
         ctx.layer, ctx.saved = layer, saved
         return _tensor(y, x, layer.plain.keeps_dtype, layer.plain.keeps_format)
 
@@ -104,18 +103,58 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer, wants = ctx.layer, ctx.needs_input_grad
         try:
-            (x,) = ctx.saved_tensors
+            x, weight = ctx.saved_tensors
         except Exception:
             layer.plain.fail_backward(ctx.saved.communicator)
             raise
-        plain, saved = layer.plain, ctx.saved._replace(x=layer.to_array(x))
+        gradients = _Gradients.apply(dy, x, weight, layer, ctx.saved, wants[:3])
+        return (*gradients, None, None)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward of _Function, which can be differentiated once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        layer: SyncBatchNorm,
+        saved: Saved,
+        wants: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        plain, saved = layer.plain, saved._replace(x=layer.to_array(x))
         dx, *gradients = plain.backward(saved, layer.to_array(dy), wants[0])
+        ctx.save_for_backward(dy, x, weight)
+        ctx.layer, ctx.saved = layer, saved
         return (
-            _tensor(dx, x, plain.keeps_dtype, plain.keeps_gradient_format) if wants[0] else None,
+            None if dx is None else _tensor(dx, x, plain.keeps_dtype, plain.keeps_gradient_format),
             *(
                 torch.from_numpy(gradient).to(layer.weight.dtype) if wanted else None
-                for gradient, wanted in zip(gradients, wants[1:3], strict=True)
+                for gradient, wanted in zip(gradients, wants[1:], strict=True)
             ),
+        )
+
+    @staticmethod
+    def backward(
+        ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        dy, x, weight = ctx.saved_tensors
+        layer, saved = ctx.layer, ctx.saved._replace(x=ctx.layer.to_array(x))
+        nothing = np.zeros(layer.plain.num_features, saved.x.dtype)
+        of_dy, of_x, of_weight = layer.plain.double_backward(
+            saved,
+            layer.to_array(dy),
+            np.zeros_like(saved.x) if ddx is None else layer.to_array(ddx),
+            nothing if ddweight is None else layer.to_array(ddweight),
+            nothing if ddbias is None else layer.to_array(ddbias),
+        )
+        return (
+            _tensor(of_dy, dy, True, True),
+            _tensor(of_x, x, True, True),
+            None if weight is None else torch.from_numpy(of_weight).to(weight.dtype),
+            None,
             None,
             None,
         )

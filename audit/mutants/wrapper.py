@@ -41,9 +41,6 @@ class Wrapper:
 
     training: bool
     plain: Plain
-    eps: float
-    momentum: float | None
-    track_running_stats: bool
     weight: Any
     bias: Any
     running_mean: Any
@@ -68,7 +65,6 @@ class Wrapper:
         self, x: Array, dtype: str, communicator: Communicator, differentiates: bool
     ) -> tuple[Array, Saved]:
         """Plain.forward on a copy of the tensors, which then receive the new statistics."""
-        self.plain.set_attributes(self.eps, self.momentum, self.track_running_stats)
         state = self._state()
         try:
             return self.plain.forward(x, dtype, state, communicator, self.training, differentiates)

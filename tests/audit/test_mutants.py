@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from audit.failures.known import SOURCE
@@ -301,3 +302,14 @@ def test_the_table_and_the_exit_status(ranks: type[FakePool], tmp_path: Path) ->
 def test_unknown_names(frameworks: list[str], names: list[str], text: str) -> None:
     with pytest.raises(TargetError, match=text):
         main(frameworks=frameworks, names=names, profile="smoke", console=Console(quiet=True))
+
+
+@pytest.mark.parametrize("layer", [{}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_control_can_be_differentiated_twice(layer: dict[str, bool], training: bool) -> None:
+    module = importlib.import_module("audit.mutants.torch")
+    control = module.SyncBatchNorm(3, dtype=torch.float64, **layer).train(training)
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *control.parameters())
+    assert torch.autograd.gradcheck(lambda x, *parameters: control(x), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, *parameters: control(x), inputs)
