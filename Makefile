@@ -61,7 +61,7 @@ study: $(READY) ## calibrate the bound on sound and unsound layers and write doc
 findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-conformance.md
 	for ranks in 4 1; do $(VENV)/bin/syncbn-conformance run --target mindspore.mint --ranks $$ranks \
 	  --out reports/out/mindspore.mint-$$ranks || test $$? = 1; done
-	$(RUN) -m syncbn.reports findings reports/out/mindspore.mint-4 reports/out/mindspore.mint-1 \
+	$(VENV)/bin/syncbn-conformance report findings reports/out/mindspore.mint-4 reports/out/mindspore.mint-1 \
 	  --out docs/mindspore-conformance.md
 
 .PHONY: test

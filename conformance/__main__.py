@@ -1,4 +1,4 @@
-"""The command line of the suite: judge a layer, explore, show cases."""
+"""The command syncbn-conformance: judge a layer, show reports and cases."""
 
 from __future__ import annotations
 
@@ -10,32 +10,48 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from syncbn.extras import require_for_command
 
 require_for_command("syncbn-conformance", "conformance", "numpy", "rich", "jsonschema")
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from syncbn import reports
-from syncbn.conformance import ConformanceError, explore, must_pass, report, runner, targets
+from syncbn.conformance import (
+    ConformanceError,
+    explore,
+    must_pass,
+    progress,
+    report,
+    runner,
+    targets,
+)
 from syncbn.conformance.case import Case, load
 from syncbn.conformance.cases import PROFILES, catalogue
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.conformance.pool import RankPool
-from syncbn.conformance.runner import Result
 from syncbn.launchers import LAUNCHERS
+from syncbn.reports.commands import add_commands
 
 _OUT = Path("reports/out")
+_STATUS = "0 pass, 1 fail, 2 an error in the request or of the machine, 130 interrupted"
 
 
 class UsageError(ConformanceError):
-    """The options do not fit together, or name something that is not there."""
+    """The options do not fit together, or name something that does not exist."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser that reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all required clauses passed, 1 some did not, 2 bad input, 130 interrupted."""
+    """Run the command line and return the exit status, as _STATUS describes it."""
     options = _parser().parse_args(arguments)
     # SIGTERM unwinds like Ctrl-C, so that a run which is ended leaves no rank behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -46,10 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # as by `list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ConformanceError, reports.ReportError) as error:
-        print(f"syncbn-conformance: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # standard output is full, say
+    except (ConformanceError, reports.ReportError, OSError) as error:
         print(f"syncbn-conformance: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -71,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
             if isinstance(oracle, str)
             else stack.enter_context(RankPool(oracle, options.ranks))
         )
-        results = _with_progress(pool, cases, oracle_pool)
+        results = progress.run(pool, cases, oracle_pool)
     document = report.build(
         pool,
         results,
@@ -87,46 +100,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _output() -> Console:
-    """Standard output; wide enough for long messages if it is a pipe or a file."""
+    """Standard output, wide enough for long messages if it is a pipe or a file."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
-
-
-def _with_progress(pool: RankPool, cases: list[Case], oracle: RankPool | str) -> list[Result]:
-    """Run the cases under a progress bar, or with a line now and then if this is no terminal."""
-    console = Console(stderr=True)
-    console.print(f"{pool.target.name}: starting {pool.ranks} ranks", highlight=False)
-    pool.start()
-    if isinstance(oracle, RankPool):
-        console.print(
-            f"oracle {oracle.target.name}: starting {oracle.ranks} ranks", highlight=False
-        )
-        oracle.start()
-    else:
-        console.print(f"no oracle: {oracle}", highlight=False)
-    bar = Progress(
-        TextColumn("{task.fields[clause]:<8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[failed]} not passed"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    failed = done = 0
-    with bar:
-        task = bar.add_task("", total=len(cases), clause="", failed=0)
-
-        def progress(result: Result) -> None:
-            nonlocal failed, done
-            done += 1
-            failed += result.verdict.verdict != "pass"
-            bar.update(task, advance=1, clause=result.case.clause, failed=failed)
-            if not console.is_terminal and done % 50 == 0:
-                print(f"{done} of {len(cases)} cases, {failed} not passed", file=sys.stderr)
-
-        return runner.run(pool, cases, progress, oracle if isinstance(oracle, RankPool) else None)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -146,13 +122,13 @@ def _replay(options: argparse.Namespace) -> int:
     with RankPool(target, case.ranks, options.launcher) as pool:
         pool.start()
         result = runner.run_case(pool, case)
-    found = result.verdict
-    ratio = "" if found.ratio is None else f", largest ratio {found.ratio:.3g}"
+    verdict = result.verdict
+    ratio = "" if verdict.ratio is None else f", largest ratio {verdict.ratio:.3g}"
     print(f"{case.id} {case.clause} ({CLAUSES[case.clause].title}): {case.title}")
-    print(f"{found.verdict}{ratio} in {result.seconds:.2f} s on {case.ranks} ranks")
-    if found.message:
-        print(found.message)
-    return 0 if found.verdict == "pass" else 1
+    print(f"{verdict.verdict}{ratio} in {result.seconds:.2f} s on {case.ranks} ranks")
+    if verdict.message:
+        print(verdict.message)
+    return 0 if verdict.verdict == "pass" else 1
 
 
 def _explore(options: argparse.Namespace) -> int:
@@ -160,13 +136,16 @@ def _explore(options: argparse.Namespace) -> int:
     with RankPool(target, options.ranks, options.launcher) as pool:
         pool.start()
 
-        def progress(found: explore.Exploration) -> None:
-            status.update(f"{found.verdicts.total()} cases in {found.seconds:.0f} s")
+        def show_progress(exploration: explore.Exploration) -> None:
+            cases = exploration.verdicts.total()
+            status.update(f"{cases} cases in {exploration.seconds:.0f} s")
 
         with Console(stderr=True).status("exploring") as status:
-            found = explore.explore(pool, options.minutes, options.seed, progress=progress)
-        explore.show(found, pool, _output())
-    return 1 if found.finding else 0
+            exploration = explore.explore(
+                pool, options.minutes, options.seed, progress=show_progress
+            )
+        explore.show(exploration, pool, _output())
+    return 1 if exploration.finding else 0
 
 
 def _freeze(_: argparse.Namespace) -> int:
@@ -183,7 +162,7 @@ def _targets(_: argparse.Namespace) -> int:
 
 
 def _find(wanted: str, ranks: int) -> Case:
-    """A case by its id on this many ranks, or from a file with a case document."""
+    """The case of an id on this many ranks, or of a file with a case document."""
     path = Path(wanted)
     if path.is_file():
         try:
@@ -215,62 +194,100 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="syncbn-conformance", description=__doc__)
+    parser = _Parser(
+        prog="syncbn-conformance",
+        description="Judge whether a synchronized batch normalization layer is right.",
+        epilog=f"Exit status: {_STATUS}.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.set_defaults(command=command)
         return sub
 
-    def add_target(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--target", default="syncbn.torch", help="see `targets`")
-        sub.add_argument("--device", default="cpu", choices=("cpu", "cuda", "npu"))
-        sub.add_argument("--backend", help="of the target, if it has several")
-        sub.add_argument("--mode", choices=targets.MODES, help="of MindSpore (default pynative)")
-        sub.add_argument("--launcher", default="local", choices=tuple(LAUNCHERS))
-
-    def add_ranks(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--ranks", type=_positive, default=4, help="default 4")
-
-    def add_profile(sub: argparse.ArgumentParser, default: str = "certify") -> None:
-        help = f"default {default}"
-        sub.add_argument("--profile", default=default, choices=PROFILES, help=help)
-
-    run = add("run", _run, "Judge a target, clause by clause.")
-    for more in (add_target, add_ranks, add_profile):
-        more(run)
+    run = add("run", _run, "judge a target, clause by clause")
+    _add_target(run)
+    _add_ranks(run)
+    _add_profile(run)
     run.add_argument(
         "--level",
         default="decided",
         choices=("decided", "documented"),
-        help="which clauses count for the exit status: all, or the documented ones",
+        help="the clauses that count for the exit status: all of them, or those that the "
+        "operator's page documents (default decided)",
     )
     run.add_argument(
         "--oracle",
         default="auto",
         choices=("auto", targets.ORACLE, "none"),
-        help="another layer to compare every case with (auto: mindspore.mint if it is installed)",
+        help=f"a layer to compare the target with in every case (default auto: {targets.ORACLE} "
+        "if it is installed)",
     )
-    run.add_argument("--out", type=Path, help="where report.json goes (default reports/out/TARGET)")
-    listing = add("list", _list, "The cases: id, clause, title.")
-    add_ranks(listing)
-    add_profile(listing)
-    show = add("show", _show, "The document of a case.")
-    show.add_argument("case", help="an id, or a file")
-    add_ranks(show)
-    replay = add("replay", _replay, "Run one case again.")
-    replay.add_argument("case", help="an id, or a file")
-    add_target(replay)
-    add_ranks(replay)
-    add("targets", _targets, "What can be given as --target.")
-    search = add("explore", _explore, "Ask drawn cases until one fails; keep the simplest.")
-    add_target(search)
-    add_ranks(search)
-    search.add_argument("--minutes", type=float, default=10.0, help="default 10")
-    search.add_argument("--seed", type=int, help="of the first batch of cases (default random)")
-    add("freeze", _freeze, "Write the must-pass lists of all profiles from the cases there are.")
+    run.add_argument(
+        "--out", type=Path, help="the directory of report.json (default reports/out/TARGET)"
+    )
+    replay = add("replay", _replay, "run one case again")
+    replay.add_argument("case", metavar="CASE", help="an id, or a file with a case document")
+    _add_target(replay)
+    _add_ranks(replay)
+    add_commands(commands.add_parser("report", help="show the report of a run"))
+    add("targets", _targets, "list what --target accepts")
+    listing = add("list", _list, "list the cases: id, clause, title")
+    _add_ranks(listing)
+    _add_profile(listing)
+    show = add("show", _show, "print the document of a case")
+    show.add_argument("case", metavar="CASE", help="an id, or a file with a case document")
+    _add_ranks(show)
+    search = add("explore", _explore, "run random cases until one fails, and keep the simplest")
+    _add_target(search)
+    _add_ranks(search)
+    search.add_argument(
+        "--minutes", type=float, default=10.0, help="how long to search (default 10)"
+    )
+    search.add_argument("--seed", type=int, help="the seed of the first cases (default random)")
+    add("freeze", _freeze, "write the must-pass lists, after a change of the cases")
     return parser
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target",
+        default="syncbn.torch",
+        help="the layer: a name of `targets`, or FRAMEWORK:MODULE:CLASS (default syncbn.torch)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda", "npu"),
+        help="where the ranks run (default cpu)",
+    )
+    parser.add_argument("--backend", help="of syncbn.torch and syncbn.mindspore (default auto)")
+    parser.add_argument(
+        "--mode", choices=targets.MODES, help="how MindSpore runs the layer (default pynative)"
+    )
+    parser.add_argument(
+        "--launcher",
+        default="local",
+        choices=tuple(LAUNCHERS),
+        help="what starts the ranks (default local)",
+    )
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ranks", type=_positive, default=4, metavar="N", help="the number of ranks (default 4)"
+    )
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile",
+        default="certify",
+        choices=PROFILES,
+        help="the cases: one of each clause, all written ones, or all sweeps as well "
+        "(default certify)",
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ conformance runner builds it and saves it when a run ends; here it is checked, k
 never judged again. Nothing else of the repository is imported, so that a report can be read
 without a framework.
 
-`python -m syncbn.reports show FILE` prints the table of a report, `findings FILE...` writes a
+`syncbn-conformance report show FILE` prints the table of a report, `findings FILE...` writes a
 document.
 """
 

@@ -75,7 +75,20 @@ def test_bad_options(arguments: list[str], text: str, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert text in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("syncbn-conformance run: ")
+    assert text in line
+    assert line.endswith("; see syncbn-conformance run --help")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for command in ("run", "replay", "report", "targets", "list", "show", "explore", "freeze"):
+        assert f"\n    {command} " in shown
+    assert "Exit status: 0 pass, 1 fail, 2 an error" in shown
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from jsonschema import Draft202012Validator
 from rich.console import Console
 
 from syncbn import reports
+from syncbn.conformance.__main__ import main
 from syncbn.conformance.cases import catalogue
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.conformance.runner import FINDINGS
 from syncbn.reports import ReportError
-from syncbn.reports.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 VERDICTS = ("pass", "fail", "hang", "crash", "unsupported", "not-run")
@@ -474,11 +474,11 @@ class TestCommandLine:
     def test_shows_a_file_or_the_directory_of_a_run(
         self, path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["show", str(path)]) == 0
+        assert main(["report", "show", str(path)]) == 0
         of_file = capsys.readouterr()
         assert of_file.out.splitlines()[-1].startswith("FAIL: 1 of 4 required clauses pass")
         assert of_file.err == ""
-        assert main(["show", str(path.parent)]) == 0
+        assert main(["report", "show", str(path.parent)]) == 0
         assert capsys.readouterr() == of_file
 
     @pytest.mark.parametrize("content", [None, "{}", "nonsense"])
@@ -489,7 +489,7 @@ class TestCommandLine:
             path.unlink()
         else:
             path.write_text(content)
-        assert main(["show", str(path.parent)]) == 2
+        assert main(["report", "show", str(path.parent)]) == 2
         output = capsys.readouterr()
         assert output.out == ""
         assert len(output.err.splitlines()) == 1
@@ -497,17 +497,15 @@ class TestCommandLine:
 
     def test_helps(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as caught:
-            main(["show", "--help"])
+            main(["report", "show", "--help"])
         assert caught.value.code == 0
         assert "report.json" in capsys.readouterr().out
 
     def test_imports_only_its_own(self, path: Path) -> None:
         """No framework, no NumPy, no other part of the repository."""
         code = (
-            "import runpy, sys\n"
-            f"sys.argv = ['syncbn.reports', 'show', {str(path)!r}]\n"
-            "try:\n    runpy.run_module('syncbn.reports', run_name='__main__')\n"
-            "except SystemExit as end:\n    assert end.code == 0\n"
+            "import sys\nfrom rich.console import Console\nfrom syncbn import reports\n"
+            f"reports.summarize(reports.load({str(path)!r}), Console())\n"
             "print(*sorted(sys.modules))"
         )
         run = subprocess.run(
@@ -609,7 +607,7 @@ class TestFindings:
 
     def test_from_the_command_line(self, tmp_path: Path) -> None:
         reports.save(passing(), tmp_path / "report.json")
-        assert main(["findings", str(tmp_path), "--out", str(tmp_path / "found.md")]) == 0
+        assert main(["report", "findings", str(tmp_path), "--out", str(tmp_path / "found.md")]) == 0
         assert "# What syncbn.torch.SyncBatchNorm does" in (tmp_path / "found.md").read_text()
 
     def test_the_kept_document_names_cases_that_exist(self) -> None:
