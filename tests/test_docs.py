@@ -1,0 +1,75 @@
+"""The hand-written pages agree with the tree: links, commands, variables, the index."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import audit.__main__
+import syncbn.conformance.__main__
+from tests.test_imports import LINKED, ROOT
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)")
+
+
+def names(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_links(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text()):
+        path = (page.parent / target) if target else page
+        assert path.exists(), f"{target} is not there"
+        if anchor:
+            assert anchor in headings(path), f"{target} has no heading #{anchor}"
+
+
+def test_the_index_has_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    linked = {target for target, _ in LINK.findall(index)}
+    pages = {path.name for path in ROOT.glob("docs/*.md")} - {"README.md"}
+    assert pages <= linked
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every command of this project in a page that stands on a line of its own."""
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            line = line.strip().removeprefix("$ ")
+            if line.startswith(("syncbn-conformance ", "python -m audit ", "make ")):
+                yield names(page), re.split(r"\s{2,}|\s#| \| ", line)[0]
+
+
+@pytest.mark.parametrize(("page", "command"), list(commands()))
+def test_commands(page: str, command: str) -> None:
+    """The targets of make exist, and the parsers take the options."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        for word in words[1:]:
+            assert word in targets or re.match(r"[A-Z_]+=|\.\.\.$", word), f"no target {word}"
+    elif words[0] == "python":
+        audit.__main__._parser().parse_args(words[3:])
+    else:
+        syncbn.conformance.__main__._parser().parse_args(words[1:])
+
+
+def test_every_variable_is_documented() -> None:
+    documented = set(re.findall(r"SYNCBN_[A-Z_]+", (ROOT / "docs/environment.md").read_text()))
+    shipped = [path for top in ("syncbn", *LINKED) for path in (ROOT / top).rglob("*.py")]
+    used = {name for path in shipped for name in re.findall(r"SYNCBN_[A-Z_]+", path.read_text())}
+    assert used == documented
