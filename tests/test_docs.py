@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +69,23 @@ def test_commands(page: str, command: str) -> None:
         audit.__main__._parser().parse_args(words[3:])
     else:
         syncbn.conformance.__main__._parser().parse_args(words[1:])
+
+
+def test_the_example_of_the_readme(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "example.py"
+    script.write_text(code)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *launch, script],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    means = re.findall(r"tensor\(.*?\)", done.stdout, re.DOTALL)
+    assert len(means) == 2
+    assert means[0] == means[1]
 
 
 def test_every_variable_is_documented() -> None:
