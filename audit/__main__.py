@@ -69,7 +69,7 @@ def _mutants_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=_OUT / "mutants.json")
     parser.add_argument("--document", type=Path, help="a page to put the table into")
-    _case_options(parser, "certify")
+    _case_options(parser)
 
 
 def _mutants(options: argparse.Namespace) -> int:
@@ -92,7 +92,7 @@ def _mutate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--kind", action="append", choices=tuple(KINDS), help="default swap")
     parser.add_argument("--out", type=Path, default=_OUT / "mutate.json")
-    _case_options(parser, "certify")
+    _case_options(parser)
 
 
 def _mutate(options: argparse.Namespace) -> int:
@@ -121,7 +121,7 @@ def _failures(options: argparse.Namespace) -> int:
 def _study_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=_OUT / "study.json")
     parser.add_argument("--document", type=Path, default=Path("docs/tolerances.md"))
-    _case_options(parser, "full")
+    _case_options(parser)
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -153,9 +153,9 @@ def _kernels_check(options: argparse.Namespace) -> int:
     return 0 if ladder.check(options.rungs) else 1
 
 
-def _case_options(parser: argparse.ArgumentParser, profile: str) -> None:
+def _case_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=_positive, default=4, help="default 4")
-    parser.add_argument("--profile", default=profile, choices=PROFILES, help=f"default {profile}")
+    parser.add_argument("--profile", default="certify", choices=PROFILES, help="default certify")
 
 
 def _positive(text: str) -> int:

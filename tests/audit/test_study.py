@@ -263,8 +263,9 @@ def test_a_family_without_a_case_for_a_fault_that_it_must_show_is_wrong() -> Non
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_every_case_has_a_family_and_every_family_a_case(ranks: int) -> None:
-    cases = filter(collect.is_about_rounding, catalogue(ranks))
+@pytest.mark.parametrize("profile", ["certify", "full"])
+def test_every_case_has_a_family_and_every_family_a_case(ranks: int, profile: str) -> None:
+    cases = filter(collect.is_about_rounding, catalogue(ranks, profile))
     assert {family_of(case) for case in (*cases, *collect.offset_cases(ranks))} == set(
         families.FAMILIES
     )
