@@ -1,5 +1,5 @@
-# Every target that runs something installs what it needs into .venv first, and only when
-# pyproject.toml or constraints.txt changed since. EXTRAS=dev leaves MindSpore out (800 MB).
+# A target that runs something first installs what it needs into .venv, unless pyproject.toml and
+# constraints.txt are older than that. EXTRAS=dev leaves MindSpore out, which is an 800 MB wheel.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,13 +17,13 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 HAS_MINDSPORE := $(RUN) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("mindspore") is None)'
-LEFT_OUT := left out: MindSpore, which is not installed (EXTRAS=dev,mindspore installs it)
+LEFT_OUT := skipped: MindSpore is not installed (EXTRAS=dev,mindspore installs it)
 JUDGE := $(VENV)/bin/syncbn-conformance run --ranks $(RANKS)
 TWIN := .toolchain/twin.so
-TWINLESS := left out: the twin of our kernels, which is not compiled (make kernels compiles it)
+TWINLESS := skipped: the twin of our kernels is not compiled (make kernels compiles it)
 
 .PHONY: conformance
-conformance: $(READY) ## judge our layers on RANKS (4) ranks, beside MindSpore's own operator
+conformance: $(READY) ## judge our layers on RANKS (4) ranks, and compare with MindSpore's operator
 	$(JUDGE) --target syncbn.torch --profile full --oracle none
 	$(JUDGE) --target syncbn.torch --backend aten --oracle none --out reports/out/syncbn.torch-aten
 	@test -f $(TWIN) || echo "$(TWINLESS)"
@@ -37,7 +37,7 @@ conformance-twin: $(READY)
 
 .PHONY: conformance-mindspore
 conformance-mindspore: $(READY)
-	$(JUDGE) --target syncbn.torch --out reports/out/syncbn.torch-beside
+	$(JUDGE) --target syncbn.torch --out reports/out/syncbn.torch-oracle
 	$(JUDGE) --target syncbn.mindspore
 	$(JUDGE) --target syncbn.mindspore --mode graph --profile smoke --oracle none \
 	  --out reports/out/syncbn.mindspore-graph
@@ -48,27 +48,32 @@ kernels: $(READY) ## prove our Triton kernels without a device (puts 2.5 GB of t
 	$(RUN) -m audit kernels check
 
 .PHONY: mutants
-mutants: $(READY) ## put the suite to layers with planted faults, all of which it must find
+mutants: $(READY) ## judge the suite: it must find every planted fault
 	$(RUN) -m audit mutants --framework torch --declared
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
 	@! $(HAS_MINDSPORE) || $(RUN) -m audit mutants --framework mindspore --declared --seeds 1
 
 .PHONY: study
-study: $(READY) ## calibrate the bound on sound and unsound layers and write docs/tolerances.md
+study: $(READY) ## calibrate the bound on sound and unsound layers, write docs/tolerances.md
 	$(RUN) -m audit study
 
 .PHONY: findings
-findings: $(READY) ## judge MindSpore's own operator and write docs/mindspore-conformance.md
+findings: $(READY) ## judge MindSpore's own operator, write docs/mindspore-conformance.md
 	for ranks in 4 1; do $(VENV)/bin/syncbn-conformance run --target mindspore.mint --ranks $$ranks \
 	  --out reports/out/mindspore.mint-$$ranks || test $$? = 1; done
-	$(VENV)/bin/syncbn-conformance report findings reports/out/mindspore.mint-4 reports/out/mindspore.mint-1 \
-	  --out docs/mindspore-conformance.md
+	$(VENV)/bin/syncbn-conformance report findings --out docs/mindspore-conformance.md \
+	  reports/out/mindspore.mint-4 reports/out/mindspore.mint-1
 
 .PHONY: test
 test: $(READY) ## the tests of everything (PYTEST_ARGS=... for pytest)
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
 	@test -f $(TWIN) || echo "$(TWINLESS)"
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+.PHONY: wheel
+wheel: $(READY) ## build the wheel into dist/
+	rm -rf build dist
+	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 .PHONY: bench
 bench: $(READY) ## time the layer against torch.nn.BatchNorm2d on 2 ranks
