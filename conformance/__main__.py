@@ -21,6 +21,7 @@ from rich.console import Console
 from syncbn import reports
 from syncbn.conformance import (
     ConformanceError,
+    checkout,
     explore,
     must_pass,
     progress,
@@ -29,7 +30,7 @@ from syncbn.conformance import (
     targets,
 )
 from syncbn.conformance.case import Case, load
-from syncbn.conformance.cases import PROFILES, catalogue
+from syncbn.conformance.cases import PROFILES, REGRESSIONS, catalogue
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.conformance.pool import RankPool
 from syncbn.launchers import LAUNCHERS
@@ -142,13 +143,23 @@ def _explore(options: argparse.Namespace) -> int:
 
         with Console(stderr=True).status("exploring") as status:
             exploration = explore.explore(
-                pool, options.minutes, options.seed, progress=show_progress
+                pool, options.minutes, options.seed, _findings_folder(), show_progress
             )
         explore.show(exploration, pool, _output())
     return 1 if exploration.finding else 0
 
 
+def _findings_folder() -> Path:
+    """In a checkout a finding becomes a case of the suite. An installed suite is not changed."""
+    return REGRESSIONS if checkout() else _OUT / "explored"
+
+
 def _freeze(_: argparse.Namespace) -> int:
+    if checkout() is None:
+        raise UsageError(
+            f"freeze needs a checkout, whose lists it writes, but this suite is installed in "
+            f"{must_pass.FOLDER.parent}"
+        )
     must_pass.freeze()
     numbers = ", ".join(map(str, must_pass.RANKS))
     print(f"wrote the lists of {numbers} ranks to {must_pass.FOLDER}; review what changed")

@@ -227,6 +227,14 @@ def test_a_target_without_its_framework(without_torch: Environment, tmp_path: Pa
     assert files(tmp_path) == []
 
 
+def test_freeze_changes_no_installed_suite(without_torch: Environment, tmp_path: Path) -> None:
+    before = files(without_torch.site)
+    done = without_torch.command("freeze", at=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("syncbn-conformance: freeze needs a checkout")
+    assert files(without_torch.site) == before
+
+
 @pytest.fixture(params=["an empty folder", "a folder with packages called reference and reports"])
 def workplace(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if "packages" in request.param:
