@@ -14,16 +14,8 @@ from typing import NamedTuple
 from audit.mutate.changes import KINDS, Edit, Source
 
 ROOT = Path(__file__).resolve().parents[2]
-# What a training step on CPU runs of the layer. The other backends have suites of their own.
-FILES = (
-    "syncbn/contract.py",
-    "syncbn/protocol.py",
-    "syncbn/torch/backends/composed.py",
-    "syncbn/torch/step.py",
-    "syncbn/torch/functional.py",
-    "syncbn/torch/groups.py",
-    "syncbn/torch/layer.py",
-)
+# Modules without a part in a step on CPU. The other backends have suites of their own.
+_NOT_IN_A_STEP = ("syncbn/backends.py", "syncbn/extras.py", "syncbn/torch/convert.py")
 
 _DRAWS_PER_MUTANT = 20  # after that many draws for each, fewer mutants than wanted are returned
 
@@ -81,8 +73,19 @@ def draw(count: int, seed: int, kinds: Sequence[str]) -> list[Mutant]:
     return list(mutants.values())
 
 
+def files() -> list[str]:
+    """The modules that a step on CPU runs, relative to the repository."""
+    modules = [
+        *(ROOT / "syncbn").glob("[!_]*.py"),
+        *(ROOT / "syncbn/torch").glob("[!_]*.py"),
+        ROOT / "syncbn/torch/backends/composed.py",
+    ]
+    paths = [module.relative_to(ROOT).as_posix() for module in modules]
+    return sorted(path for path in paths if path not in _NOT_IN_A_STEP)
+
+
 def _places(kind: str) -> Iterator[_Place]:
-    for path in FILES:
+    for path in files():
         source = Source((ROOT / path).read_bytes())
         for node in ast.walk(ast.parse(source.text)):
             if isinstance(node, ast.FunctionDef):

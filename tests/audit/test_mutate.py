@@ -11,7 +11,7 @@ from rich.console import Console
 
 from audit.mutate import run, show
 from audit.mutate.changes import KINDS, Source
-from audit.mutate.draw import Mutant, draw
+from audit.mutate.draw import Mutant, draw, files
 from audit.mutate.result import Detection, Result
 from syncbn.conformance.cases import catalogue
 
@@ -76,6 +76,12 @@ def test_swapped_statements_take_their_blocks_along() -> None:
         HEAD + RETURN + BRANCH + ASSIGN,
         HEAD + ASSIGN + RETURN + BRANCH,
     }
+
+
+def test_the_files_are_those_of_a_step() -> None:
+    assert {"syncbn/contract.py", "syncbn/torch/step.py"} <= set(files())
+    assert "syncbn/torch/convert.py" not in files()
+    assert all((ROOT / path).is_file() for path in files())
 
 
 @pytest.mark.parametrize("kind", KINDS)
