@@ -32,7 +32,7 @@ def was_compiled(layer: int) -> bool:
     return layer in _compiled_layers
 
 
-def host_may_look() -> bool:
+def may_sync_host() -> bool:
     """Whether a training step may read a value of the device and raise for what it finds.
 
     That makes the host wait for an accelerator in every step and cuts a graph in pieces that lose

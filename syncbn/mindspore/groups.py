@@ -17,7 +17,7 @@ from mindspore.communication import (
 from mindspore.communication import create_group as _ms_create_group
 
 from syncbn.contract import check_rank_ids
-from syncbn.mindspore.backends import wide
+from syncbn.mindspore.backends import statistics_dtype
 from syncbn.mindspore.graph import InOrder
 
 # Words of float32 that carry one float64 exactly, 24 bits each.
@@ -137,7 +137,7 @@ class Communicator(nn.Cell):
             self.own_row = Tensor(np.arange(self.size).reshape(-1, 1) == group.place)
 
     def all_gather(self, message: Tensor) -> Tensor:
-        """The (M,) messages of all ranks, of the dtype `wide()`, as (ranks, M)."""
+        """The (M,) messages of all ranks, of the dtype `statistics_dtype()`, as (ranks, M)."""
         if self.size == 1:
             return message.reshape(1, -1)
         if self.on_cpu:
@@ -167,17 +167,17 @@ class Communicator(nn.Cell):
 def _split(values: Tensor) -> Tensor:
     """float64 (M,) as float32 (3 M,): a word, and in two more what it leaves, relative to it."""
     word = values.astype(ms.float32)
-    whole = word.astype(wide())
+    whole = word.astype(statistics_dtype())
     # Nothing is left of an infinity, or it would become NaN.
     rest = ops.where(ops.isfinite(word), values - whole, 0.0)
     rest = rest / ops.where(ops.equal(whole, 0.0), 1.0, whole)
     second = rest.astype(ms.float32)
-    return ops.cat([word, second, (rest - second.astype(wide())).astype(ms.float32)])
+    return ops.cat([word, second, (rest - second.astype(statistics_dtype())).astype(ms.float32)])
 
 
 def _join(table: Tensor) -> Tensor:
     """The inverse of `_split` for each row: float32 (R, 3 M) as float64 (R, M)."""
-    words = table.astype(wide()).reshape(table.shape[0], _WORDS, -1)
+    words = table.astype(statistics_dtype()).reshape(table.shape[0], _WORDS, -1)
     word = words[:, 0]
     rest = word * (words[:, 1] + words[:, 2])
     return word + ops.where(ops.isfinite(word), rest, 0.0)

@@ -11,9 +11,10 @@ from mindspore._c_expression import MixedPrecisionType
 
 from syncbn.contract import SINGLE_VALUE, check_arguments, check_dtype
 from syncbn.mindspore import backends
-from syncbn.mindspore.backends import inverse_std, wide
-from syncbn.mindspore.graph import compiling, host_may_look, note_compiled, was_compiled
+from syncbn.mindspore.backends import inverse_std, statistics_dtype
+from syncbn.mindspore.graph import compiling, may_sync_host, note_compiled, was_compiled
 from syncbn.mindspore.groups import ALONE, resolve
+from syncbn.mindspore.layout import count_of, per_channel
 from syncbn.mindspore.settings import Settings, Values
 from syncbn.mindspore.step import FLOATING, StepCells, problem_of, raise_problem
 
@@ -34,6 +35,9 @@ class SyncBatchNorm(nn.Cell):
     `eps`, `momentum`, `track_running_stats`, `process_group` and `backend` may be set at any time
     and hold from the next step on. Once the layer has been compiled into a graph, the last two
     cannot be set: that raises RuntimeError.
+
+    In training it has a second derivative in PyNative mode, and none in a graph. In eval it has
+    every derivative. A derivative that it does not have raises RuntimeError.
 
     With mixed precision (`to_float`, amp levels O2, O3 and auto) it takes what input it is given
     and keeps its own precision; amp level O1 rewrites sources and cannot rewrite this one.
@@ -231,7 +235,7 @@ class SyncBatchNorm(nn.Cell):
         )
         if problem is not None:
             return ops.depend(x, mean)  # never: it was raised. But a graph is compiled to its end.
-        if host_may_look():  # noqa: SIM102  # one of them is for the compiler
+        if may_sync_host():  # noqa: SIM102  # one of them is for the compiler
             if n == 1:
                 raise ValueError(SINGLE_VALUE)
         if self.running_mean is not None:
@@ -240,11 +244,19 @@ class SyncBatchNorm(nn.Cell):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         raise_problem(problem_of(x, self.num_features, self.weight))
-        # A copy, for a training step may move the parameter before the backward of this one.
-        mean = self.running_mean.astype(wide()).copy()
-        var = self.running_var.astype(wide())
-        invstd = inverse_std(var, self._settings.eps)
-        return self._step.normalize_by_running(x, self.weight, self.bias, mean, invstd, mean)
+        if count_of(x.shape) == 0:
+            return ops.zeros(x.shape, x.dtype)
+        # A copy: a training step may move the parameter before the backward of this one.
+        mean = self.running_mean.astype(statistics_dtype()).copy()
+        var = self.running_var.astype(statistics_dtype())
+        scale = per_channel(inverse_std(var, self._settings.eps), x.ndim)
+        if self.weight is not None:
+            scale = scale * self._step.leading_ones(self.weight, x.ndim)
+        # x keeps its shape: see `layout.is_recorded`.
+        y = (x.astype(statistics_dtype()) - per_channel(mean, x.ndim)) * scale
+        if self.bias is not None:
+            y = y + self._step.leading_ones(self.bias, x.ndim)
+        return y.astype(x.dtype)
 
     def _update_running(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
         """Move the running statistics, unless the whole group was empty or they are not tracked."""
@@ -252,14 +264,14 @@ class SyncBatchNorm(nn.Cell):
         moves = n * settings.tracks > 0
         count = self.num_batches_tracked + moves.astype(ms.int64)
         ops.assign(self.num_batches_tracked, count)
-        share = settings.cumulative / ops.maximum(count, 1).astype(wide())
+        share = settings.cumulative / ops.maximum(count, 1).astype(statistics_dtype())
         kept, taken = settings.kept - share, settings.taken + share
         unbiased = var * (n / ops.maximum(n - 1, 1.0))
         self._move(self.running_mean, kept, mean * taken, moves)
         self._move(self.running_var, kept, unbiased * taken, moves)
 
     def _move(self, buffer: Parameter, kept: Tensor, taken: Tensor, moves: Tensor) -> None:
-        old = buffer.astype(wide())
+        old = buffer.astype(statistics_dtype())
         moved = ops.where(moves, kept * old + taken, old)
         ops.assign(buffer, moved.astype(buffer.dtype))
 

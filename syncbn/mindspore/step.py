@@ -21,9 +21,11 @@ from mindspore import Tensor, nn, ops
 from mindspore.graph.api import _pynative_executor
 
 from syncbn.contract import check_shape
-from syncbn.mindspore.backends import Backend, wide
-from syncbn.mindspore.graph import compiling, host_may_look
+from syncbn.mindspore.backends import Backend, statistics_dtype
+from syncbn.mindspore.graph import compiling, may_sync_host
 from syncbn.mindspore.groups import ALONE, Communicator, Group
+from syncbn.mindspore.layout import LeadingOnes, canonical, count_of
+from syncbn.mindspore.normalize import Normalize
 from syncbn.protocol import PeerError, nothing_to_differentiate
 
 FLOATING = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
@@ -89,7 +91,7 @@ class BatchStatistics(nn.Cell):
             failure = error
             message = self._failure()
         table = self.ranks.all_gather(message)
-        if host_may_look():
+        if may_sync_host():
             self._check_together(table, failure)
         elif failure:
             raise failure
@@ -99,7 +101,7 @@ class BatchStatistics(nn.Cell):
         """The same, compiled: a wrong input is known to the compiler, a failed peer is not."""
         message = self._failure() if problem else self._message(x, _BACKWARD)
         table = self.ranks.all_gather(message)
-        if problem or host_may_look():
+        if problem or may_sync_host():
             marks = table[:, -1]
             if marks.max() == _FAIL:
                 # Not by raise_problem: a call, for which the compiler would raise at once.
@@ -114,17 +116,17 @@ class BatchStatistics(nn.Cell):
     def _message(self, x: Tensor, todo: int) -> Tensor:
         """What this rank tells the others, 2 C + 3 words: mean, var, count, what it will do."""
         x = ops.stop_gradient(x)
-        count = count_of(x)
-        words = Tensor([count // _COUNT_WORD, count % _COUNT_WORD, todo], wide())
+        count = count_of(x.shape)
+        words = Tensor([count // _COUNT_WORD, count % _COUNT_WORD, todo], statistics_dtype())
         if count == 0:
-            message = ops.cat([ops.zeros((2 * self.num_features,), wide()), words])
+            message = ops.cat([ops.zeros((2 * self.num_features,), statistics_dtype()), words])
             return ops.depend(message, x)
         mean, var = self.stats(canonical(x))
-        return ops.cat([mean.astype(wide()), var.astype(wide()), words])
+        return ops.cat([mean.astype(statistics_dtype()), var.astype(statistics_dtype()), words])
 
     def _failure(self) -> Tensor:
-        nothing = ops.zeros((2 * self.num_features + 2,), wide())
-        return ops.cat([nothing, Tensor([_FAIL], wide())])
+        nothing = ops.zeros((2 * self.num_features + 2,), statistics_dtype())
+        return ops.cat([nothing, Tensor([_FAIL], statistics_dtype())])
 
     def _check_together(self, table: Tensor, failure: Exception | None) -> None:
         """Raise on every rank if the ranks' messages show that the step must fail."""
@@ -145,76 +147,11 @@ class BatchStatistics(nn.Cell):
         """Every rank's error text, by a second all_gather that only failing steps pay."""
         text = f"{type(failure).__name__}: {failure}" if failure else ""
         encoded = text.encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
-        message = Tensor(np.frombuffer(encoded, np.uint8).astype(np.float32)).astype(wide())
+        message = Tensor(np.frombuffer(encoded, np.uint8).astype(np.float32)).astype(
+            statistics_dtype()
+        )
         table = self.ranks.all_gather(message).asnumpy().astype(np.uint8)
         return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in table]
-
-
-class Normalize(nn.Cell):
-    """y = (x - mean) * invstd * weight + bias, differentiable once in x, weight and bias.
-
-    Args:
-        backend: of the leaf operations.
-        group: the ranks whose inputs mean and invstd are functions of; None if they are constants.
-    """
-
-    def __init__(self, backend: Backend, group: Group | None) -> None:
-        super().__init__()
-        self.normalize = backend.normalize
-        self.reduce_grad, self.input_grad = backend.reduce_grad, backend.input_grad
-        self.constant = group is None
-        self.ranks = Communicator(group or ALONE)
-
-    def construct(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        n: Tensor,
-    ) -> Tensor:
-        if count_of(x) == 0:
-            return ops.depend(ops.zeros(x.shape, x.dtype), mean)
-        return self.normalize(canonical(x), mean, invstd, weight, bias).reshape(x.shape)
-
-    def bprop(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        n: Tensor,
-        out: Tensor,
-        dout: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        empty = count_of(x) == 0
-        sum_dy, sum_dy_xmu = ops.zeros_like(mean), ops.zeros_like(mean)
-        if not empty:
-            sum_dy, sum_dy_xmu = self.reduce_grad(canonical(dout), canonical(x), mean)
-        grad_weight = None if weight is None else (sum_dy_xmu * invstd).astype(weight.dtype)
-        grad_bias = None if bias is None else sum_dy.astype(bias.dtype)
-        dx = ops.zeros(x.shape, x.dtype)
-        if self.constant:
-            # Not by self.normalize: a graph cannot share a function of construct with bprop.
-            scale = invstd if weight is None else invstd * weight
-            dx = (canonical(dout).astype(wide()) * scale.reshape(1, -1, 1)).astype(x.dtype)
-        else:
-            # Also without data: the others wait for this rank's sums.
-            sums = ops.cat([sum_dy, sum_dy_xmu]).astype(wide())
-            tag = ops.where(ops.isfinite(mean), mean, 0.0).sum()
-            sums = self.ranks.all_reduce(ops.depend(sums, (dout, mean)), tag)
-            sum_dy, sum_dy_xmu = sums[: mean.shape[0]], sums[mean.shape[0] :]
-            if not empty:
-                dx = self.input_grad(
-                    canonical(dout), canonical(x), mean, invstd, weight, sum_dy, sum_dy_xmu, n
-                )
-            dx = ops.depend(dx, sums)
-            grad_weight = None if weight is None else ops.depend(grad_weight, sums)
-            grad_bias = None if bias is None else ops.depend(grad_bias, sums)
-        zeros = ops.zeros_like(mean), ops.zeros_like(invstd), ops.zeros_like(n)
-        return dx.reshape(x.shape), grad_weight, grad_bias, *zeros
 
 
 @ms.jit_class
@@ -229,7 +166,7 @@ class StepCells:
         self.own_statistics = BatchStatistics(num_features, ALONE, backend)
         self.normalize_by_group = Normalize(backend, group)
         self.normalize_by_own = Normalize(backend, ALONE)
-        self.normalize_by_running = Normalize(backend, None)
+        self.leading_ones = LeadingOnes()
 
 
 def problem_of(x: Any, num_features: int, weight: Tensor | None) -> tuple[str, str] | None:
@@ -251,22 +188,6 @@ def raise_problem(problem: tuple[str, str] | None) -> None:
         if kind == "TypeError":
             raise TypeError(text)
         raise ValueError(text)
-
-
-def count_of(x: Tensor) -> int:
-    """How many values each channel of (N, C, *S) has."""
-    count: int = x.shape[0]
-    for size in x.shape[2:]:
-        count = count * size
-    return count
-
-
-def canonical(x: Tensor) -> Tensor:
-    """(N, C, *S) as (N, C, prod S)."""
-    spatial = 1
-    for size in x.shape[2:]:
-        spatial = spatial * size
-    return x.reshape(x.shape[0], x.shape[1], spatial)
 
 
 @ops.constexpr

@@ -27,6 +27,7 @@ from syncbn import reference
 from syncbn.conformance import targets
 from syncbn.conformance.case import Case
 from syncbn.conformance.case import Step as CaseStep
+from syncbn.conformance.data import grad_output, shard
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 from syncbn.mindspore import SyncBatchNorm, backends, create_group, groups, settings
@@ -297,7 +298,7 @@ class TestValues:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As on Ascend. In float32, 1 - 0.999 has four digits left."""
-        monkeypatch.setattr(layer_module, "wide", lambda: ms.float32)
+        monkeypatch.setattr(layer_module, "statistics_dtype", lambda: ms.float32)
         monkeypatch.setattr(settings, "number", lambda value: Tensor(value, ms.float32))
         layer = make_layer(momentum=0.999)
         before = {name: numpy_of(value) for name, value in state_of(layer).items()}
@@ -386,6 +387,122 @@ class TestValues:
             return ops.square(y).sum()
 
         assert same(ms.grad(once)(x), ms.grad(with_another)(x))
+
+
+def penalty_of(layer: Any) -> Any:
+    """x -> sum of squares of a gradient in x and of gradients of the parameters, by `layer(x)`."""
+
+    def loss(x: Tensor) -> Tensor:
+        y = layer(x)
+        return (y * y * y).sum() + (y * ops.sin(x)).sum()
+
+    weights = layer.trainable_params()
+    first = ms.grad(loss, 0, weights or None)
+
+    def penalty(x: Tensor) -> Tensor:
+        if not weights:
+            dx = first(x)
+            return (dx * dx * dx).sum()
+        dx, (grad_weight, grad_bias) = first(x)
+        of_parameters = (grad_weight * grad_weight * grad_bias).sum()
+        return (dx * dx * dx).sum() + of_parameters
+
+    return penalty
+
+
+class TestSecondDerivative:
+    """The gradient of a penalty on gradients, beside PyTorch's own BatchNorm in float64."""
+
+    @pytest.mark.parametrize(
+        ("training", "mode"), [(True, "pynative"), *((False, mode) for mode in MODES)]
+    )
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_is_that_of_batch_norm(self, affine: bool, training: bool, mode: str) -> None:
+        layer = make_layer(dtype=ms.float64, affine=affine).set_train(training)
+        weights = layer.trainable_params()
+        x = randn(4, 3, 2, dtype=ms.float64)
+        expected = _second_derivative_of_torch(layer, x)
+        ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
+        second = ms.grad(penalty_of(layer), 0, weights or None)
+        found = (ms.jit(second) if mode == "jit" else second)(x)
+        found = (found[0], *found[1]) if weights else (found,)
+        for name, got, value in zip(("x", "weight", "bias"), found, expected, strict=False):
+            np.testing.assert_allclose(got.asnumpy(), value, rtol=1e-9, atol=1e-9, err_msg=name)
+
+    @pytest.mark.parametrize("mode", ["jit", "graph"])
+    def test_is_refused_in_a_graph_that_trains(self, mode: str) -> None:
+        layer = make_layer()
+        ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
+        second = ms.grad(penalty_of(layer))
+        with pytest.raises(RuntimeError, match=r"SyncBatchNorm has no second .* in PyNative mode"):
+            (ms.jit(second) if mode == "jit" else second)(randn(4, 3))
+
+    def test_the_third_is_refused(self) -> None:
+        layer = make_layer()
+        second = ms.grad(penalty_of(layer))
+
+        def third(x: Tensor) -> Tensor:
+            return second(x).sum()
+
+        with pytest.raises(RuntimeError, match=r"SyncBatchNorm has no third derivative"):
+            ms.grad(third)(randn(4, 3))
+
+    def test_of_an_empty_input(self) -> None:
+        layer = make_layer(dtype=ms.float64)
+        found, _ = ms.grad(penalty_of(layer), 0, layer.trainable_params())(
+            Tensor(np.zeros((0, 3)), ms.float64)
+        )
+        assert found.shape == (0, 3)
+
+    @pytest.mark.parametrize("shapes", [((5, 3, 2), (2, 3, 4)), ((5, 3, 2), (0, 3, 2))])
+    def test_of_a_group(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """It is that of one BatchNorm on the whole batch, also of uneven and empty shards."""
+        torch = pytest.importorskip("torch", reason="PyTorch, the other opinion, is not installed")
+        target = targets.parse("mindspore:tests/syncbn/mindspore_layers.py:FirstGradient")
+        steps = (CaseStep(shapes, "train"),)
+        layer = {"num_features": 3}
+        case = Case("FWD-1", "second", 2, layer, steps, ("y", "grad_input"), state="initial")
+        with RankPool(target, 2) as pool:
+            outcome = pool.run(case)
+        assert outcome.details == ""
+        xs, dys = ([make(case, 0, rank) for rank in range(2)] for make in (shard, grad_output))
+        values, cotangents = (
+            torch.tensor(np.concatenate([np.moveaxis(a, 1, 2).reshape(-1, 3) for a in arrays]))
+            for arrays in (xs, dys)
+        )
+        values.requires_grad = True
+        y = torch.nn.BatchNorm1d(3, dtype=torch.float64)(values)
+        (dx,) = torch.autograd.grad((y**3).sum(), values, create_graph=True)
+        (second,) = torch.autograd.grad((dx * cotangents).sum(), values)
+        found: dict[str, list[Any]] = {"y": [], "grad_input": []}
+        for answer in outcome.answers:
+            assert answer is not None
+            assert [s.get("error") for s in answer.content["steps"]] == [None]
+            for name, rows in found.items():
+                rows.append(np.moveaxis(answer.arrays[f"0/{name}"], 1, 2).reshape(-1, 3))
+        for name, expected in (("y", dx.detach()), ("grad_input", second)):
+            got = np.concatenate(found[name])
+            np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def _second_derivative_of_torch(layer: SyncBatchNorm, x: Tensor) -> list[Any]:
+    torch = pytest.importorskip("torch", reason="PyTorch, the other opinion, is not installed")
+    other = torch.nn.BatchNorm1d(3, affine=layer.affine, dtype=torch.float64)
+    other.train(layer.training)
+    state = {name: torch.tensor(p.asnumpy()) for name, p in layer.parameters_dict().items()}
+    other.load_state_dict(state)
+    x = torch.tensor(x.asnumpy(), requires_grad=True)
+    y = other(x)
+    loss = (y**3).sum() + (y * x.sin()).sum()
+    inputs = (x, *other.parameters())
+    dx, *of_parameters = torch.autograd.grad(loss, inputs, create_graph=True)
+    penalty = (dx**3).sum()
+    if of_parameters:
+        penalty = penalty + (of_parameters[0] ** 2 * of_parameters[1]).sum()
+    return [
+        gradient.numpy() if gradient is not None else 0.0
+        for gradient in torch.autograd.grad(penalty, inputs, allow_unused=True)
+    ]
 
 
 class TestLiveAttributes:

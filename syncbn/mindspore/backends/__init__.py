@@ -17,8 +17,8 @@ class Backend(Protocol):
     """What a backend module provides: functions that also compile in graph mode.
 
     x and dy are of shape (R, C, S) with R * S >= 1 values per channel. Statistics and sums are
-    (C,), of the dtype `wide()`; weight and bias are (C,) or None. Nothing here may wait for the
-    device: no host value, no shape that depends on data.
+    (C,), of the dtype `statistics_dtype()`. weight and bias are (C,) or None. Nothing here may wait
+    for the device: no host value, no shape that depends on data.
     """
 
     def stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,14 +60,14 @@ class Backend(Protocol):
 
 
 @ops.constexpr
-def wide() -> Any:
+def statistics_dtype() -> Any:
     """The dtype of statistics and sums: float64 on CPU, float32 on Ascend, which has no other."""
     return ms.float64 if ms.get_context("device_target") == "CPU" else ms.float32
 
 
 def number(value: float) -> Tensor:
-    """A number of the dtype `wide()`, not to be made in a graph: MindSpore's own are float32."""
-    return Tensor(value, wide())
+    """A number of the dtype `statistics_dtype()`. A graph cannot make one: it rounds to float32."""
+    return Tensor(value, statistics_dtype())
 
 
 def inverse_std(var: Tensor, eps: Tensor) -> Tensor:

@@ -1,22 +1,18 @@
-"""The five leaf operations, composed of operators that MindSpore has on every device."""
+"""The five operations, composed of operators that MindSpore has on every device."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import mindspore as ms
 from mindspore import Tensor, ops
 
-from syncbn.mindspore.backends import inverse_std, wide
-
-_BLOCK = 64  # values that are added up one after the other
+from syncbn.mindspore.backends import inverse_std, statistics_dtype
+from syncbn.mindspore.layout import channel_sums, per_channel
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    values, count = x.astype(wide()), x.shape[0] * x.shape[2]
-    mean = _sum(values, x.dtype) / count
-    centred = values - mean.reshape(1, -1, 1)
-    return mean, _sum(ops.square(centred), x.dtype) / count
+    values, count = x.astype(statistics_dtype()), x.shape[0] * x.shape[2]
+    mean = channel_sums(values, x.dtype) / count
+    centred = values - per_channel(mean)
+    return mean, channel_sums(ops.square(centred), x.dtype) / count
 
 
 def combine(
@@ -32,16 +28,17 @@ def combine(
 def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    y = (x.astype(wide()) - mean.reshape(1, -1, 1)) * _scale(invstd, weight)
+    scale = invstd if weight is None else invstd * weight
+    y = (x.astype(statistics_dtype()) - per_channel(mean)) * per_channel(scale)
     if bias is not None:
-        y = y + bias.reshape(1, -1, 1)
+        y = y + per_channel(bias)
     return y.astype(x.dtype)
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    dy = dy.astype(wide())
-    centred = x.astype(wide()) - mean.reshape(1, -1, 1)
-    return _sum(dy, x.dtype), _sum(dy * centred, x.dtype)
+    dy = dy.astype(statistics_dtype())
+    centred = x.astype(statistics_dtype()) - per_channel(mean)
+    return channel_sums(dy, x.dtype), channel_sums(dy * centred, x.dtype)
 
 
 def input_grad(
@@ -54,26 +51,8 @@ def input_grad(
     sum_dy_xmu: Tensor,
     n: Tensor,
 ) -> Tensor:
-    slope = ops.square(invstd) * sum_dy_xmu / n
-    centred = x.astype(wide()) - mean.reshape(1, -1, 1)
-    dx = dy.astype(wide()) - (sum_dy / n).reshape(1, -1, 1) - centred * slope.reshape(1, -1, 1)
-    return (dx * _scale(invstd, weight)).astype(dy.dtype)
-
-
-def _sum(values: Tensor, dtype: Any) -> Tensor:
-    """Of each channel of (R, C, S), whose values were computed from such of `dtype`.
-
-    MindSpore adds one value after the other: no harm unless they were float64 from the start.
-    """
-    if dtype != ms.float64:
-        return values.sum((0, 2))
-    rows = values.swapaxes(0, 1).reshape(values.shape[1], -1)
-    for _ in range(4):  # of 2^24 values, one is left
-        rows = ops.pad(rows, (0, -rows.shape[1] % _BLOCK))
-        rows = rows.reshape(rows.shape[0], -1, _BLOCK).sum(2)
-    return rows.sum(1)
-
-
-def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
     scale = invstd if weight is None else invstd * weight
-    return scale.reshape(1, -1, 1)
+    slope = ops.square(invstd) * sum_dy_xmu / n
+    centred = x.astype(statistics_dtype()) - per_channel(mean)
+    dx = dy.astype(statistics_dtype()) - per_channel(sum_dy / n) - centred * per_channel(slope)
+    return (dx * per_channel(scale)).astype(dy.dtype)
