@@ -13,29 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from syncbn.conformance import ConformanceError
-
-# What a case can check, except expected errors; see syncbn.conformance.verdict.
-CHECKS = (
-    "y",
-    "grad_input",
-    "grad_weight",
-    "grad_bias",
-    "running_mean",
-    "running_var",
-    "num_batches_tracked",
-    "signature",
-    "parameters",
-    "initial_values",
-    "state_names",
-    "format",
-    "grad_format",
-    "defined",
-    "input_unmodified",
-    "ranks_agree",
-    "repeatable",
-    "collectives",
-    "communicators",
-)
+from syncbn.conformance.checks import CHECKS
 
 STATES = ("random", "initial", "negative")
 RECORDING = ("on", "no_grad", "inference_mode")
@@ -162,7 +140,7 @@ class Case:
     layer: the arguments of the constructor that are given, as literals. A process_group in it is a
         list of rank ids, and stands for the group of these ranks.
     steps: what the ranks do, one after the other.
-    checks: what is judged; among CHECKS.
+    checks: what is judged, except expected errors: names of syncbn.conformance.checks.CHECKS.
     groups: the ranks of each process group; None builds the layer without a process_group.
     state: one of STATES. "initial" leaves the layer as it was constructed; "random" draws
         parameters and running statistics; "negative" is random with a negative running_var in

@@ -15,7 +15,7 @@ from syncbn.reference import Bounded, SyncBatchNorm, averaged
 
 @dataclass(frozen=True)
 class Expected:
-    """One rank after one step, by the names of syncbn.conformance.case.CHECKS.
+    """One rank after one step, by the names of syncbn.conformance.checks.CHECKS.
 
     A value of None means that there must be none: a gradient that was not asked for, a statistic
     that is not tracked. A check that is missing is not defined for this step.

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.text import Text
 
 from syncbn.conformance import ConformanceError
-from syncbn.conformance.case import CHECKS, Case, Step
+from syncbn.conformance.case import Case, Step
 from syncbn.conformance.cases import REGRESSIONS
+from syncbn.conformance.checks import CHECKS
 from syncbn.conformance.expected import expect
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.verdict import Verdict, judge, judgeable
@@ -31,27 +32,6 @@ from syncbn.reports.table import replay_command
 _BATCH = 10
 _SHRINK_SECONDS = 120.0
 _FAILING = ("fail", "hang", "crash")
-
-# The clause of a case that fails in this check alone.
-_CLAUSES = {
-    "y": "FWD-1",
-    "grad_input": "GRAD-1",
-    "grad_weight": "GRAD-2",
-    "grad_bias": "GRAD-2",
-    "running_mean": "STAT-1",
-    "running_var": "STAT-2",
-    "num_batches_tracked": "STAT-5",
-    "ranks_agree": "STAT-3",
-    "parameters": "CTOR-4",
-    "initial_values": "CTOR-3",
-    "state_names": "CTOR-5",
-    "collectives": "COMM-1",
-    "communicators": "COMM-1",
-    "format": "FWD-2",
-    "grad_format": "FWD-2",
-    "input_unmodified": "FWD-2",
-    "repeatable": "FWD-6",
-}
 
 
 class ExploreError(ConformanceError, RuntimeError):
@@ -186,7 +166,7 @@ class _Asker:
         self.found = found
         self.known: dict[str, Verdict] = {}  # by id, so that nobody waits for the same hang twice
         self.failed: list[tuple[Case, Verdict]] = []
-        self.checks: tuple[str, ...] = CHECKS
+        self.checks: tuple[str, ...] = tuple(CHECKS)
         self.until = math.inf
 
     def __call__(self, case: Case) -> None:
@@ -257,7 +237,7 @@ def _keep(pool: RankPool, case: Case, verdict: Verdict, folder: Path) -> Finding
 def _clause(case: Case, verdict: Verdict) -> str:
     """What the failure says of the contract; an error, a hang or a crash stands for ERR-9."""
     if len(case.checks) == 1 and verdict.verdict == "fail" and not verdict.raised:
-        return _CLAUSES[case.checks[0]]
+        return CHECKS[case.checks[0]].clause
     return "ERR-9"
 
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from syncbn.conformance.case import Case, Data, ExpectedError, Groups, Step
+from syncbn.conformance.checks import CHECKS
 
 T = TypeVar("T")
 Choices: TypeAlias = dict[str, Any]
@@ -31,12 +32,6 @@ Choices: TypeAlias = dict[str, Any]
 _RULES = 6  # that build a case; fewer when it shrinks
 _DEADLINE = 10.0  # seconds for a case, which takes a fraction of one
 _LARGEST_IMAGE = 8192  # values
-
-_CHECKS = (
-    *("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "running_var"),
-    *("num_batches_tracked", "parameters", "state_names", "format", "input_unmodified"),
-    "communicators",
-)
 
 _LAYOUTS = st.sampled_from(("contiguous", "channels_last", "permuted", "sliced", "expanded"))
 _ANY = st.integers(0, 10**6)  # taken modulo what there is to choose from
@@ -52,6 +47,8 @@ _FAULTS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     "1 dimension": lambda shape: shape[1:2],
     "integers": lambda shape: shape,
 }
+
+_UNCOUNTED = ("frozen", "recompute", "beside")
 
 _DEFAULTS = {
     "eps": 1e-5,
@@ -147,6 +144,11 @@ class _Sequence(RuleBasedStateMachine):
     ) -> None:
         drawn = data.draw(_of_step(self.case.ranks))
         if drawn["kept"]:
+            if "collectives" in self.case.checks:
+                # Collectives are counted only where no step raises and all do the same work.
+                finish = _accepted
+                extras = [name for name in drawn["extras"] if name not in _UNCOUNTED]
+                drawn = drawn | {"extras": extras}
             step = _shaped(self.case, Step((), mode, **self.checkpoint), drawn, self.dtypes)
             step = finish(self.case, step, drawn)
             self.case = replace(self.case, steps=(*self.case.steps, step))
@@ -245,6 +247,7 @@ def _built(case: Case, layer: dict[str, Any], drawn: Choices) -> Case:
         state=_pick(states, drawn["state"]),
         # Gradients in float16 that overflow before they are averaged would go unseen.
         ddp="ddp" in drawn["extras"]
+        and "collectives" not in drawn["extras"]
         and (groups is None and case.affine and case.parameter_dtype != "float16"),
         checks=tuple({"repeatable", "collectives"}.intersection(drawn["extras"])),
     )
@@ -382,7 +385,7 @@ def _applying(case: Case) -> tuple[str, ...]:
         "repeatable": "repeatable" in case.checks,
         "collectives": "collectives" in case.checks and not odd and all(len(g) > 1 for g in groups),
     }
-    return (*_CHECKS, *(check for check, does in applies.items() if does))
+    return tuple(name for name, check in CHECKS.items() if check.always or applies.get(name))
 
 
 def _members(case: Case) -> list[int]:

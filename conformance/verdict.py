@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from syncbn.conformance.case import Case, Step
+from syncbn.conformance.checks import CHECKS
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.conformance.expected import Expectations, Expected
 from syncbn.conformance.pool import Outcome
@@ -43,7 +44,6 @@ _INITIAL = {
 }
 _LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
 _LARGEST["bfloat16"] = (2 - 2.0**-7) * 2.0**127
-_NUMERIC = ("y", "grad_input", "grad_weight", "grad_bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,8 @@ def _numbers(case: Case, expected: Expectations) -> Iterator[tuple[int, int, str
     for rank, steps in enumerate(expected):
         for index, at in enumerate(steps):
             values = at.values if at is not None else {}
-            for name in _NUMERIC:
-                if name in case.checks and name in values:
+            for name, check in CHECKS.items():
+                if check.numeric and name in case.checks and name in values:
                     yield rank, index, name, values[name]
 
 

@@ -21,18 +21,10 @@ import numpy.typing as npt
 
 from syncbn.conformance import data
 from syncbn.conformance.case import Case, Step
+from syncbn.conformance.checks import STATISTICS, arrays_of
 
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
-
-_STATE = ("running_mean", "running_var", "num_batches_tracked")
-_RESULTS = ("y", "grad_input", "grad_weight", "grad_bias")
-# What a check needs beside the numbers of its own name.
-_NEEDED = {
-    "ranks_agree": set(_STATE),
-    "repeatable": {*_RESULTS, *_STATE},
-    "defined": {*_RESULTS, *_STATE},
-}
 
 
 class Rank(ABC):
@@ -269,11 +261,10 @@ class Rank(ABC):
         ]
         if "communicators" in case.checks:
             facts["communicators"] = self.communicators()
-        results |= {name: getattr(layer, name, None) for name in _STATE}
-        needed = set(case.checks).union(*(_NEEDED.get(check, set()) for check in case.checks))
-        for name, tensor in results.items():
-            if tensor is not None and name in needed:
-                arrays[f"{index}/{name}"] = self.array(tensor)
+        results |= {name: getattr(layer, name, None) for name in STATISTICS}
+        for name in arrays_of(case.checks):
+            if results.get(name) is not None:
+                arrays[f"{index}/{name}"] = self.array(results[name])
         return facts
 
     def _lay_out(self, values: Array, dtype: str, layout: str) -> Any:
