@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not marked so
 
-from syncbn.contract import check_count
-from syncbn.torch import backends
-from syncbn.torch.backends import may_sync_host
+from syncbn.contract import FLOATING
 from syncbn.torch.evaluation import evaluate
-from syncbn.torch.groups import ALONE, Communicator, ProcessGroupLike
-from syncbn.torch.step import (
-    Statistics,
-    batch_statistics,
-    check_input,
-    device_of_step,
-    normalize,
-)
+from syncbn.torch.groups import ALONE_KEY, ProcessGroupLike, key_of
+from syncbn.torch.operators import normalize, statistics
+from syncbn.torch.step import DTYPES, check_input, dtype_name, raise_problem
+
+_NO_COUNTER = "ValueError: momentum=None (cumulative average) needs num_batches_tracked"
 
 
 def sync_batch_norm(
@@ -42,30 +40,30 @@ def sync_batch_norm(
     running statistics, or those of this rank's input if none are given; eval never communicates.
 
     Args:
-        input: (N, C, +), float16, bfloat16, float32 or float64; N and + may differ between ranks,
+        input: (N, C, +), float16, bfloat16, float32 or float64. N and + may differ between ranks,
             and N may be 0.
         running_mean, running_var: (C,), updated in place in training.
-        weight, bias: (C,), of the dtype of the input, or float32 beside float16 and bfloat16.
+        weight, bias: (C,), of the dtype of the input, or float32 with float16 and bfloat16.
         training: whether to use the statistics of the batch.
         momentum: weight of this batch in the running statistics, in [0, 1]; None for their
             cumulative average, which needs num_batches_tracked.
         eps: added to the variance.
         process_group: None for all ranks (this process alone, if torch.distributed is not
             initialized), a ProcessGroup, the name of a group or a list of rank ids.
-        num_features: C, for the check of the input; by default that of the parameters, or without
-            any that of the input, and then ranks must not differ in it.
+        num_features: C, for the check of the input; by default that of the vectors, or without any
+            that of the input.
         num_batches_tracked: int64 scalar, counts the batches that moved the running statistics.
         backend: "auto", or the name of a backend; see `syncbn.torch.backends`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of the input, differentiable once. The
+        A tensor of the shape, dtype and memory format of the input, differentiable twice. The
         gradients of weight and bias are those of this rank alone.
 
     Raises:
-        TypeError, ValueError: the input breaks one of the rules above, or a group that trains
-            holds only one value per channel.
+        TypeError, ValueError: the input breaks one of the rules above, the ranks' layers differ, or
+            a group that trains holds only one value per channel.
         RuntimeError: in training, some ranks have nothing to differentiate and others have.
-        PeerError: another rank of the group raised one of these.
+        PeerError: in training, another rank of the group raised an error.
     """
     vectors = {
         "weight": weight,
@@ -73,49 +71,78 @@ def sync_batch_norm(
         "running_mean": running_mean,
         "running_var": running_var,
     }
-    if not training and running_mean is not None and running_var is not None:
-        if not is_tracing():  # a size is a tensor then, not a number to compare
-            check_input(input, _check_vectors(input, vectors, num_features), weight)
-        return evaluate(input, running_mean, running_var, weight, bias, eps)
-    num_features = _check_vectors(input, vectors, num_features)
-    ops = backends.load(backend, device_of_step(input, weight))
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError("momentum=None (cumulative average) needs num_batches_tracked")
-    if training:
-        communicator = Communicator.of(process_group)
-        stats = batch_statistics(input, num_features, weight, bias, eps, communicator, ops)
-        if may_sync_host(stats.n.device):
-            check_count(int(stats.n))
-        if running_mean is not None and running_var is not None:
-            _update_running(running_mean, running_var, num_batches_tracked, momentum, stats)
-        return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, communicator, ops)
-    stats = batch_statistics(input, num_features, weight, bias, eps, ALONE, ops)
-    return normalize(input, weight, bias, stats.mean, stats.invstd, stats.n, ALONE, ops)
-
-
-def _channels(input: Tensor, vectors: dict[str, Tensor | None]) -> int:
-    """C as the parameters have it, or else the input."""
-    for vector in vectors.values():
-        if vector is not None:
-            return vector.numel()
-    shaped = isinstance(input, Tensor) and input.dim() > 1
-    check_input(input, input.shape[1] if shaped else 0, None)
-    return input.shape[1]
-
-
-def _check_vectors(
-    input: Tensor, vectors: dict[str, Tensor | None], num_features: int | None
-) -> int:
-    """Check what is per channel, and return C."""
+    given = [vector for vector in vectors.values() if vector is not None]
     if num_features is None:
-        num_features = _channels(input, vectors)
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != (num_features,):
-            raise ValueError(f"{name} must have shape ({num_features},), got {tuple(vector.shape)}")
+        num_features = given[0].numel() if given else _channels(input)
+    if running_mean is not None and running_var is not None and not training:
+        if not is_tracing():  # a size is a tensor then, not a number to compare
+            raise_problem(_problem(input, vectors, num_features))
+            check_input(input, num_features, weight)
+        return evaluate(input, running_mean, running_var, weight, bias, eps)
+    problem = _problem(input, vectors, num_features)
+    tracks = running_mean is not None
+    if tracks and momentum is None and num_batches_tracked is None:
+        problem = problem or _NO_COUNTER
+    if not isinstance(input, Tensor):
+        input = torch.empty(0, device=given[0].device if given else None)
+    group = key_of(process_group) if training else ALONE_KEY
+    mean, var, invstd, n = statistics(
+        input,
+        weight,
+        num_features,
+        float(eps),
+        float(momentum) if tracks and momentum is not None else None,
+        dtype_name(given[0].dtype) if given else None,
+        tracks,
+        _differentiates(input, weight, bias),
+        problem,
+        group,
+        backend,
+    )
+    # Before what is saved for the backward: activation checkpointing goes no further than that.
+    if running_mean is not None and running_var is not None:
+        _update_running(running_mean, running_var, num_batches_tracked, momentum, mean, var, n)
+    return normalize(input, weight, bias, mean, invstd, n, group, backend)
+
+
+def _channels(input: Any) -> int:
+    """C as the input has it; 0 if it has none, which `check_input` refuses."""
+    return input.shape[1] if isinstance(input, Tensor) and input.dim() > 1 else 0
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    """Whether this rank's backward will reach the layer."""
+    wanted = [tensor.requires_grad for tensor in tensors if tensor is not None]
+    return torch.is_grad_enabled() and any(wanted)
+
+
+def _problem(input: Any, vectors: Mapping[str, Tensor | None], num_features: int) -> str:
+    """Type and text of the error of a call with these tensors, or "".
+
+    It is not raised here, because in training the other ranks must hear of it. The shape of the
+    input is checked when the step runs.
+    """
+    if not isinstance(input, Tensor):
+        return f"TypeError: input must be a torch.Tensor, got {type(input).__name__}"
     if (vectors["running_mean"] is None) != (vectors["running_var"] is None):
         missing = "running_mean" if vectors["running_mean"] is None else "running_var"
-        raise ValueError(f"running_mean and running_var must be given together, got no {missing}")
-    return num_features
+        return f"ValueError: running_mean and running_var must be given together, got no {missing}"
+    first: tuple[str, Tensor] | None = None
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != (num_features,):
+            shape = tuple(vector.shape)
+            return f"ValueError: {name} must have shape ({num_features},), got {shape}"
+        if vector.dtype not in DTYPES:
+            return f"TypeError: {name} must be of one of {', '.join(FLOATING)}, got {vector.dtype}"
+        first = first or (name, vector)
+        if vector.device != first[1].device:
+            return (
+                f"ValueError: {name} must be on the device of {first[0]}, {first[1].device}, got "
+                f"{vector.device}"
+            )
+    return ""
 
 
 @torch.no_grad()
@@ -124,10 +151,11 @@ def _update_running(
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
-    stats: Statistics,
+    mean: Tensor,
+    var: Tensor,
+    n: Tensor,
 ) -> None:
     """Move the running statistics, unless the whole group was empty; the host need not know n."""
-    n = stats.n
     if num_batches_tracked is not None:
         num_batches_tracked.add_(n > 0)
     taken: float | Tensor
@@ -136,7 +164,7 @@ def _update_running(
     else:
         assert num_batches_tracked is not None
         taken = 1 / num_batches_tracked.clamp(min=1).to(n.dtype)
-    unbiased = stats.var * (n / (n - 1).clamp(min=1))
-    for buffer, batch in ((running_mean, stats.mean), (running_var, unbiased)):
+    unbiased = var * (n / (n - 1).clamp(min=1))
+    for buffer, batch in ((running_mean, mean), (running_var, unbiased)):
         moved = (1 - taken) * buffer.to(n.dtype) + taken * batch
         buffer.copy_(torch.where(n > 0, moved, buffer.to(n.dtype)))

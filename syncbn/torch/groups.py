@@ -161,6 +161,13 @@ class Communicator:
             )
         return cls(tuple(dist.get_process_group_ranks(handle)), handle)
 
+    @classmethod
+    def of_key(cls, key: str) -> Communicator:
+        """The same, of a process_group that `key_of` has turned into a string."""
+        if key == ALONE_KEY:
+            return ALONE
+        return cls.of(_process_group_of(key))
+
     def all_gather(self, message: Tensor) -> Tensor:
         """The (M,) messages of all ranks as (ranks, M)."""
         if len(self.ranks) == 1:
@@ -177,6 +184,54 @@ class Communicator:
 
 
 ALONE = Communicator((0,), None)
+ALONE_KEY = "alone"
+
+
+def key_of(process_group: ProcessGroupLike) -> str:
+    """A process_group as a string, which a compiled graph can hold.
+
+    It is looked up when the graph runs, so that a graph outlives torch.distributed's world as
+    far as a layer does.
+
+    Raises:
+        TypeError, ValueError: see `check_group`.
+        RuntimeError: the handle is of a world that was destroyed.
+    """
+    if process_group is None:
+        return ""
+    if isinstance(process_group, (list, tuple)):
+        return "ranks " + ",".join(map(str, check_rank_ids(process_group, None)))
+    if isinstance(process_group, str):
+        return f"name {process_group}"
+    if isinstance(process_group, dist.ProcessGroup):
+        if not _is_live(process_group):
+            raise RuntimeError(_STALE)
+        return f"handle {process_group.group_name}"
+    _check_type(process_group)
+    return "outside"
+
+
+# A compiler calls it once and keeps the result. The decorator torch.compiler.assume_constant_result
+# sets this attribute, but also imports the compiler.
+key_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _process_group_of(key: str) -> ProcessGroupLike:
+    """The inverse of `key_of`."""
+    kind, _, name = key.partition(" ")
+    if kind == "":
+        return None
+    if kind == "name":
+        return name
+    if kind == "outside":
+        return dist.GroupMember.NON_GROUP_MEMBER
+    if kind == "handle":
+        for group, group_name in distributed_c10d._world.pg_names.items():
+            if group_name == name:
+                return group
+        raise RuntimeError(_STALE)
+    assert kind == "ranks"
+    return tuple(int(rank) for rank in name.split(","))
 
 
 def _handle_of(process_group: Any) -> dist.ProcessGroup | int:

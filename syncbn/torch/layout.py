@@ -35,3 +35,19 @@ def from_rows(rows: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor
         batch, channels, *spatial = shape
         return rows.view(batch, *spatial, channels).movedim(-1, 1)
     return rows.view(tuple(shape))
+
+
+def restored(rows: Tensor, like: Tensor) -> Tensor:
+    """rows (R, C, S) in the shape and memory order of `like`.
+
+    Not as a view, which the user could not change in place (ReLU(inplace=True)).
+    """
+    return from_rows(rows, like.shape, is_channels_last(like)).data
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """A tensor with the shape, dtype and strides of a result that `restored` returns."""
+    batch, channels, *spatial = x.shape
+    if is_channels_last(x):
+        return x.new_empty(batch, *spatial, channels).movedim(-1, 1)
+    return x.new_empty(x.shape)

@@ -1,68 +1,109 @@
 """A training step of the layer: statistics of the group, and the gradients that go with them.
 
 A step costs two collectives: one all_gather of each rank's statistics in the forward, one
-all_reduce of two sums per channel in the backward. A rank that fails before the all_gather still
-joins it, with the mark FAIL, so that every rank raises and none waits (ERR-9).
+all_reduce of two sums per channel in the backward. A second derivative costs one more all_reduce.
+
+Whatever can fail on one rank does so before its collective, memory for the result included. The
+rank then joins the collective with a mark, so that every rank raises and none waits (ERR-9). On an
+accelerator the others see the mark only with SYNCBN_DEBUG=1, because the host waits to read it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from syncbn import protocol
-from syncbn.contract import FLOATING, check_input_dtype, check_shape
-from syncbn.torch import layout
-from syncbn.torch.backends import Backend, may_sync_host, statistics_dtype
-from syncbn.torch.groups import Communicator
+from syncbn.backends import TORCH, choose
+from syncbn.contract import FLOATING, check_count, check_input_dtype, check_shape
+from syncbn.protocol import COUNT_HIGH, COUNT_LOW, HEADER_WORDS, MARK
+from syncbn.torch import backends, layout
+from syncbn.torch.backends import may_sync_host, statistics_dtype
+from syncbn.torch.groups import ALONE_KEY, Communicator
 
 DTYPES = tuple(getattr(torch, name) for name in FLOATING)
 
+# On CPU the first message has room for so many channels, so that its length does not depend on the
+# layer. Gloo takes as long for 100 words as for 4,000.
+INLINE_CHANNELS = 2048
 
-class Statistics(NamedTuple):
-    """Mean, biased variance and 1 / sqrt(var + eps), (C,) each, of n values (a scalar tensor)."""
-
-    mean: Tensor
-    var: Tensor
-    invstd: Tensor
-    n: Tensor
+_BACKENDS = tuple(TORCH)
 
 
-def batch_statistics(
+def statistics(
     x: Tensor,
-    num_features: int,
     weight: Tensor | None,
-    bias: Tensor | None,
+    num_features: int,
     eps: float,
-    communicator: Communicator,
-    backend: Backend,
-) -> Statistics:
-    """Statistics of x over all ranks, by one all_gather.
+    momentum: float | None,
+    dtype: str | None,
+    tracks: bool,
+    differentiates: bool,
+    problem: str,
+    group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, biased var, 1 / sqrt(var + eps), (C,) each, of the n values (a scalar) of the group.
+
+    By one all_gather.
+
+    Args:
+        x: (N, C, +).
+        weight: for its dtype and device.
+        momentum, dtype, tracks: of the layer. The ranks must agree in them, in eps and in C.
+        differentiates: whether a backward of this rank will reach the step.
+        problem: what is wrong with the call: type and text of an error, or "".
+        group, backend: see `Communicator.of_key` and `backends.load`.
 
     Raises:
-        TypeError, ValueError: x breaks a rule of `check_input`.
+        TypeError, ValueError: there is a problem, x breaks a rule of `check_input`, the layers of
+            the ranks differ, or the group has one value per channel.
         RuntimeError: some ranks have nothing to differentiate, others have and would wait.
-        PeerError: another rank raised one of these, or anything else.
+        PeerError: another rank raised any error.
     """
-    mark = protocol.BACKWARD if _differentiates(x, weight, bias) else protocol.NOTHING
+    communicator = Communicator.of_key(group)
+    device = device_of_step(x, weight)
+    local = torch.zeros(2, num_features, dtype=statistics_dtype(device), device=device)
     error: Exception | None = None
+    count = 0
     with torch.no_grad():
         try:
+            raise_problem(problem)
             check_input(x, num_features, weight)
-            message = _message(x, backend, mark)
+            operations = backends.load(backend, device)
+            count = x.numel() // num_features
+            if count:
+                rows = layout.to_rows(x, layout.is_channels_last(x))
+                local = torch.stack(operations.stats(rows)).to(local.dtype)
+                torch.empty_like(rows)  # memory for y, which the allocator keeps
+            settings = protocol.Settings(
+                num_features,
+                eps,
+                momentum,
+                dtype,
+                weight is not None,
+                tracks,
+                choose(TORCH, backend, device.type).name,
+            )
+            mark = protocol.BACKWARD if differentiates else protocol.NOTHING
+            header = protocol.header(mark, count, settings, _BACKENDS)
         except Exception as caught:
             error = caught
-            nothing = torch.zeros(2, num_features, device=device_of_step(x, weight))
-            message = _pack(nothing, 0, protocol.FAIL)
-        table = communicator.all_gather(message)
-        if may_sync_host(table.device):
-            _check_together(table, error, communicator)
-        elif error:
+            header = [protocol.FAIL] + [0.0] * (HEADER_WORDS - 1)
+        if len(communicator.ranks) > 1:
+            table = _gather(header, local.flatten(), error, communicator)
+            counts = table[:, COUNT_HIGH] * protocol.COUNT_WORD + table[:, COUNT_LOW]
+            means, variances = table[:, HEADER_WORDS:].view(-1, 2, num_features).unbind(1)
+            return operations.combine(means, variances, counts, eps)
+        if error:
             raise error
-        means, variances = table[:, :-3].view(-1, 2, num_features).unbind(1)
-        return Statistics(*backend.combine(means, variances, _counts(table), eps))
+        if group != ALONE_KEY:
+            check_count(count)
+        mean, var = local.unbind(0)
+        return mean.clone(), var.clone(), (var + eps).rsqrt(), mean.new_full((), count)
 
 
 def normalize(
@@ -71,31 +112,141 @@ def normalize(
     bias: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
-    n: Tensor | None,
-    communicator: Communicator,
-    backend: Backend,
+    n: Tensor,
+    group: str,
+    backend: str,
 ) -> Tensor:
-    """(x - mean) * invstd * weight + bias, differentiable once in x, weight and bias.
+    """y = (x - mean) * invstd * weight + bias. The group and n are for the backward."""
+    if not x.numel():
+        return layout.empty_like(x)
+    operations = backends.load(backend, x.device)
+    with torch.no_grad():
+        rows = layout.to_rows(x, layout.is_channels_last(x))
+        return layout.restored(operations.normalize(rows, mean, invstd, weight, bias), x)
 
-    mean and invstd are functions of the n values that the ranks hold, or constants if n is None.
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    n: Tensor,
+    wants_x: bool,
+    group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (empty if not wanted), weight and bias, by one all_reduce.
+
+    A rank joins the all_reduce also if it has no data or its dx is not wanted, because the others
+    wait for its sums.
+
+    Raises:
+        PeerError: another rank raised any error.
     """
-    y: Tensor = _Normalize.apply(x, weight, bias, mean, invstd, n, communicator, backend)
-    return y
+    communicator = Communicator.of_key(group)
+    error: Exception | None = None
+    with torch.no_grad():
+        sums = torch.zeros(2, mean.numel(), dtype=mean.dtype, device=mean.device)
+        try:
+            if x.numel():
+                operations = backends.load(backend, x.device)
+                channels_last = layout.is_channels_last(x)
+                rows, dy_rows = layout.to_rows(x, channels_last), layout.to_rows(dy, channels_last)
+                sums = torch.stack(operations.reduce_grad(dy_rows, rows, mean)).to(mean.dtype)
+                torch.empty_like(rows)  # memory for dx, which the allocator keeps
+        except Exception as caught:
+            error = caught
+        of_group = _sum_over_ranks(sums, error, communicator)
+        parameter_dtype = mean.dtype if weight is None else weight.dtype
+        grad_weight = (sums[1] * invstd).to(parameter_dtype)
+        grad_bias = sums[0].to(parameter_dtype, copy=True)
+        if not wants_x:
+            dx = x.new_empty(0)
+        elif not x.numel():
+            dx = layout.empty_like(x)
+        else:
+            sum_dy, sum_dy_xmu = of_group
+            dx = operations.input_grad(dy_rows, rows, mean, invstd, weight, sum_dy, sum_dy_xmu, n)
+            dx = layout.restored(dx, x)
+        return dx, grad_weight, grad_bias
 
 
-def check_input(x: Any, num_features: int, weight: Tensor | None) -> None:
+def double_backward(
+    ddx: Tensor | None,
+    ddweight: Tensor | None,
+    ddbias: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    n: Tensor,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of dy, x and weight, given those of the results of `backward`; by one all_reduce.
+
+    With c = x - mean, s = invstd, g = ddx, E over all n values of the group, and sums over those of
+    this rank, `backward` is
+
+        dx = w s (dy - E[dy] - c s^2 E[dy c]),  dweight = s sum dy c,  dbias = sum dy.
+
+    The derivative of a sum over ranks is a sum over ranks; those of c and s with respect to x are
+    dc_i / dx_j = [i = j] - 1 / n and ds / dx_j = -s^3 c_j / n. All arithmetic is in the dtype of
+    the statistics.
+
+    Raises:
+        PeerError: another rank raised any error.
+    """
+    communicator = Communicator.of_key(group)
+    error: Exception | None = None
+    with torch.no_grad():
+        sums = torch.zeros(7, mean.numel(), dtype=mean.dtype, device=mean.device)
+        try:
+            channels_last = layout.is_channels_last(x)
+            zeros = torch.zeros_like(mean)
+            w = zeros + 1 if weight is None else weight.to(mean.dtype)
+            u, v = (zeros if t is None else t.to(mean.dtype) for t in (ddweight, ddbias))
+            c, d, g = (
+                layout.to_rows(torch.zeros_like(x) if t is None else t, channels_last).to(
+                    mean.dtype
+                )
+                for t in (x, dy, ddx)
+            )
+            c = c - mean.view(1, -1, 1)
+            sum_d, sum_dc, sum_g, sum_gc, sum_gd = (
+                t.sum((0, 2)) for t in (d, d * c, g, g * c, g * d)
+            )
+            sums = torch.stack(
+                [sum_d, sum_dc, w * sum_g, w * sum_gc, w * sum_gd, u * sum_d, u * sum_dc]
+            )
+        except Exception as caught:
+            error = caught
+        means = _sum_over_ranks(sums, error, communicator) / n.clamp(min=1)
+        e_d, e_dc, e_g, e_gc, e_gd, e_ud, e_udc = means.view(7, 1, -1, 1)
+        grad_weight = invstd * (sum_gd - means[0] * sum_g - invstd.square() * means[1] * sum_gc)
+        s, w, u, v = (t.view(1, -1, 1) for t in (invstd, w, u, v))
+        g = w * g
+        grad_dy = s * (g - e_g - c * s.square() * e_gc + u * c) + v
+        through_s = c * (e_gd - e_d * e_g - 3 * s.square() * e_dc * e_gc)
+        through_c = e_gc * (d - e_d) + e_dc * (g - e_g)
+        grad_x = s * (u * d - e_ud - c * s.square() * e_udc) - s.pow(3) * (through_s + through_c)
+        return (
+            layout.restored(grad_dy.to(dy.dtype), x),
+            layout.restored(grad_x.to(x.dtype), x),
+            grad_weight.to(mean.dtype if weight is None else weight.dtype),
+        )
+
+
+def check_input(x: Tensor, num_features: int, weight: Tensor | None) -> None:
     """Raise TypeError or ValueError unless x can be normalized.
 
-    x is a tensor of shape (N, C, +) with C = num_features, on the device of the parameters and
-    of their dtype, or of float16 or bfloat16 beside float32 parameters.
+    x must be of shape (N, C, +) with C = num_features, on the device of the parameters and of their
+    dtype, or of float16 or bfloat16 with float32 parameters.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"input must be a torch.Tensor, got {type(x).__name__}")
     check_shape(x.shape, num_features)
     check_input_dtype(dtype_name(x.dtype), None if weight is None else dtype_name(weight.dtype))
-    if weight is None:
-        return
-    if x.device != weight.device:
+    if weight is not None and x.device != weight.device:
         raise ValueError(
             f"input must be on the device of the parameters, {weight.device}, got {x.device}"
         )
@@ -106,119 +257,89 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def device_of_step(x: Any, weight: Tensor | None) -> torch.device:
-    """The device of the step, also when x is not a tensor."""
-    if weight is not None:
-        return weight.device
-    return x.device if isinstance(x, Tensor) else torch.device("cpu")
+def device_of_step(x: Tensor, weight: Tensor | None) -> torch.device:
+    """Where the ranks exchange statistics, also if x is on a wrong device."""
+    return x.device if weight is None else weight.device
 
 
-class _Normalize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        invstd: Tensor,
-        n: Tensor | None,
-        communicator: Communicator,
-        backend: Backend,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, mean, invstd, n)
-        ctx.communicator, ctx.backend = communicator, backend
-        if not x.numel():
-            return torch.empty_like(x)
-        return _restore(backend.normalize(_rows(x, like=x), mean, invstd, weight, bias), x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "SyncBatchNorm cannot be differentiated twice on the statistics of a batch: call "
-                "backward without create_graph=True"
-            )
-        x, weight, bias, mean, invstd, n = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        backend: Backend = ctx.backend
-        x_rows, dy_rows = _rows(x, like=x), _rows(dy, like=x)
-        zero = torch.zeros_like(mean)
-        sums = (zero, zero)
-        if x.numel() and (n is not None or wants_weight or wants_bias):
-            sums = backend.reduce_grad(dy_rows, x_rows, mean)
-        grad_weight = (sums[1] * invstd).to(weight.dtype) if wants_weight else None
-        grad_bias = sums[0].to(bias.dtype) if wants_bias else None
-        if n is not None:
-            # Also if this rank wants no dx: the others wait for its sums. A copy of them is reduced
-            # in place, for grad_bias may be the very tensor sums[0].
-            sums = ctx.communicator.all_reduce(torch.stack(sums).to(mean.dtype)).unbind(0)
-        if not wants_x:
-            dx = None
-        elif not x.numel():
-            dx = torch.empty_like(x)
-        elif n is None:
-            dx = _restore(backend.normalize(dy_rows, zero, invstd, weight, None), x)
-        else:
-            dx = _restore(backend.input_grad(dy_rows, x_rows, mean, invstd, weight, *sums, n), x)
-        return dx, grad_weight, grad_bias, None, None, None, None, None
+def raise_problem(problem: str) -> None:
+    """Raise the error that `problem` describes, as "TypeError: text" or "ValueError: text"."""
+    kind, _, text = problem.partition(": ")
+    if kind:
+        raise (TypeError if kind == "TypeError" else ValueError)(text)
 
 
-def _message(x: Tensor, backend: Backend, mark: int) -> Tensor:
-    """The message of this rank: mean, var, the count in two words, the mark."""
-    count = x.numel() // x.shape[1]
-    if not count:
-        return _pack(torch.zeros(2, x.shape[1], device=x.device), 0, mark)
-    return _pack(torch.stack(backend.stats(_rows(x, like=x))), count, mark)
+def _gather(
+    header: list[float], local: Tensor, error: Exception | None, communicator: Communicator
+) -> Tensor:
+    """The messages of all ranks, (ranks, HEADER_WORDS + 2 C), none of which has failed."""
+    words = _constant(tuple(header), local.dtype, local.device)
+    if not may_sync_host(local.device):
+        table = communicator.all_gather(torch.cat([words, local]))
+        if error:
+            raise error
+        return table
+    inline, rest = local[: 2 * INLINE_CHANNELS], local[2 * INLINE_CHANNELS :]
+    unused = _constant((0.0,) * (2 * INLINE_CHANNELS - inline.numel()), local.dtype, local.device)
+    table = communicator.all_gather(torch.cat([words, inline, unused]))
+    _check_together(table[:, :HEADER_WORDS].tolist(), error, local.device, communicator)
+    table = table[:, : HEADER_WORDS + inline.numel()]
+    if rest.numel():  # of the same length on all ranks, because they agree in num_features
+        table = torch.cat([table, communicator.all_gather(rest)], 1)
+    return table
 
 
-def _pack(mean_var: Tensor, count: int, mark: int) -> Tensor:
-    """One vector of 2C + 3 words, of a dtype that does not depend on this rank's input."""
-    # Filled, not copied from the host, which would wait for the device.
-    words = [
-        torch.full((1,), word, dtype=statistics_dtype(mean_var.device), device=mean_var.device)
-        for word in (*divmod(count, protocol.COUNT_WORD), mark)
-    ]
-    dtype = statistics_dtype(mean_var.device)
-    return torch.cat([mean_var.to(dtype).flatten(), *words])
+def _sum_over_ranks(sums: Tensor, error: Exception | None, communicator: Communicator) -> Tensor:
+    """The sums of all ranks, none of which has failed. `sums` keeps those of this rank."""
+    if len(communicator.ranks) == 1:
+        if error:
+            raise error
+        return sums
+    mark = _constant((float(error is not None),), sums.dtype, sums.device)
+    reduced = communicator.all_reduce(torch.cat([sums.flatten(), mark]))
+    if not may_sync_host(sums.device):
+        if error:
+            raise error
+    elif reduced[-1].item():
+        _raise_together(error, sums.device, communicator)
+    return reduced[:-1].view(sums.shape)
 
 
-def _counts(table: Tensor) -> Tensor:
-    return table[:, -3] * protocol.COUNT_WORD + table[:, -2]
-
-
-def _differentiates(x: Any, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether this rank's backward will reach the layer."""
-    tensors = (tensor for tensor in (x, weight, bias) if isinstance(tensor, Tensor))
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _check_together(table: Tensor, error: Exception | None, communicator: Communicator) -> None:
-    """Raise on every rank if the table of all ranks' messages shows that the step must fail."""
-    found = protocol.verdict(table[:, -1].tolist(), communicator.ranks)
+def _check_together(
+    headers: list[list[float]],
+    error: Exception | None,
+    device: torch.device,
+    communicator: Communicator,
+) -> None:
+    """Raise on every rank if the headers of all ranks show that the step must fail."""
+    found = protocol.verdict([row[MARK] for row in headers], communicator.ranks)
     if found.failed:
-        texts = _exchange_errors(error, table.device, communicator)
-        raise error or protocol.peer_error(found.failed, [texts[rank] for rank in found.failed])
+        _raise_together(error, device, communicator)
+    if differs := protocol.disagreement(headers, communicator.ranks, _BACKENDS):
+        raise ValueError(differs)
     if found.idle:
         raise RuntimeError(protocol.nothing_to_differentiate(found.idle))
+    check_count(sum(int(row[COUNT_HIGH] * protocol.COUNT_WORD + row[COUNT_LOW]) for row in headers))
 
 
-def _exchange_errors(
+def _raise_together(
     error: Exception | None, device: torch.device, communicator: Communicator
-) -> dict[int, str]:
-    """Every rank's error text, by a second all_gather that only failing steps pay."""
+) -> NoReturn:
+    """Raise this rank's error, or one that names the ranks that failed.
+
+    A second all_gather, which only failing steps pay, sends the text of every rank's error.
+    """
     message = torch.tensor(list(protocol.encode_error(error)), dtype=torch.uint8, device=device)
     rows = communicator.all_gather(message).tolist()
+    if error:
+        raise error
     texts = [protocol.decode_error(bytes(row)) for row in rows]
-    return dict(zip(communicator.ranks, texts, strict=True))
+    failed = [(rank, text) for rank, text in zip(communicator.ranks, texts, strict=True) if text]
+    raise protocol.peer_error(*zip(*failed, strict=True))
 
 
-def _rows(t: Tensor, like: Tensor) -> Tensor:
-    """t in the memory order of `like`."""
-    return layout.to_rows(t, layout.is_channels_last(like))
-
-
-def _restore(rows: Tensor, like: Tensor) -> Tensor:
-    """A result in the shape and memory order of `like`."""
-    # Not as a view, which the user could not change in place (ReLU(inplace=True)).
-    return layout.from_rows(rows, like.shape, layout.is_channels_last(like)).data
+@functools.lru_cache(maxsize=1024)
+def _constant(words: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor that is sent to the device once, not in every step. It must not be changed."""
+    with torch.inference_mode(False):
+        return torch.tensor(words, dtype=dtype, device=device)

@@ -19,12 +19,12 @@ class LocalCount(SyncBatchNorm):
     """running_var is made unbiased with the rank's own count, as in PyTorch issue 22192."""
 
     def forward(self, input: Tensor) -> Tensor:
-        def own_count(mean: Tensor, var: Tensor, tracked: Any, momentum: Any, stats: Any) -> None:
-            local = torch.full_like(stats.n, max(input.numel() // input.shape[1], 1))
-            n = torch.where(stats.n > 0, local, stats.n)
-            update(mean, var, tracked, momentum, stats._replace(n=n))
+        def own_count(*arguments: Any) -> None:
+            *others, n = arguments
+            local = torch.full_like(n, max(input.numel() // input.shape[1], 1))
+            update(*others, torch.where(n > 0, local, n))
 
-        update = functional._update_running
+        update: Any = functional._update_running
         with mock.patch.object(functional, "_update_running", own_count):
             return super().forward(input)
 

@@ -6,6 +6,7 @@ Each is used on the layer and on torch.nn.BatchNorm2d with the same state, and g
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,166 @@ class TestEval:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             y = layer(mode.from_tensor(X))
         assert y.shape == X.shape
+
+
+# Layers that normalize with the statistics of the batch.
+BATCH: dict[str, Callable[..., SyncBatchNorm]] = {
+    "training": make_layer,
+    "untracked training": functools.partial(make_layer, track_running_stats=False),
+    "untracked eval": lambda *c, **given: make_layer(*c, track_running_stats=False, **given).eval(),
+}
+
+
+class TestBatchStatistics:
+    """In training, and in eval without running statistics."""
+
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize("kind", BATCH)
+    def test_second_derivative(self, kind: str, affine: bool) -> None:
+        layer = BATCH[kind](2, dtype=torch.float64, affine=affine, momentum=0)
+        small = X[:3, :2, :2]
+        for x in (small, small.to(memory_format=torch.channels_last), small[:, :, 0, 0]):
+            inputs = [t.detach().requires_grad_() for t in (x.double(), *layer.parameters())]
+            assert torch.autograd.gradgradcheck(_call(layer), inputs)
+
+    @pytest.mark.parametrize("kind", BATCH)
+    def test_second_derivative_with_constant_dy(self, kind: str) -> None:
+        layer = BATCH[kind]()
+        expected = _penalty_gradients(batch_norm_of(layer))
+        assert all(gradient is not None for gradient in expected[:3])
+        for ours, theirs in zip(_penalty_gradients(layer), expected, strict=True):
+            if theirs is None:
+                assert ours is None or not ours.any()
+            else:
+                torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.parametrize("frozen", ["input", "parameters"])
+    def test_second_derivative_of_a_frozen_part(self, frozen: str) -> None:
+        layer = make_layer(dtype=torch.float64)
+        gradients = []
+        for norm in (layer, batch_norm_of(layer).double()):
+            x = X.double().requires_grad_(frozen != "input")
+            norm.requires_grad_(frozen != "parameters")
+            dy = randn(*X.shape, dtype=torch.float64, seed=4).requires_grad_()
+            wanted = [tensor for tensor in (x, *norm.parameters()) if tensor.requires_grad]
+            first = torch.autograd.grad(norm(x), wanted, dy, create_graph=True)
+            loss = torch.stack([tensor.square().sum() for tensor in first]).sum()
+            inputs = [dy] if frozen == "input" else [dy, x]
+            gradients.append(torch.autograd.grad(loss, inputs))
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+    def test_third_derivative(self) -> None:
+        x = X.clone().requires_grad_()
+        (first,) = torch.autograd.grad(make_layer()(x).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="SyncBatchNorm can be differentiated twice"):
+            torch.autograd.grad(second.sum(), x)
+
+    def test_fx(self) -> None:
+        model = network(make_layer())
+        traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+        assert torch.equal(traced(OTHER), model(OTHER))
+        assert _equal_state(traced, model)
+
+    def test_meta(self) -> None:
+        layer, x = make_layer().to("meta"), X.to("meta").requires_grad_()
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert y.is_meta
+        assert y.shape == dx.shape == X.shape
+        with pytest.raises(ValueError, match="num_features=3"):
+            layer(X.to("meta")[:, :2])
+
+    def test_fake_tensors(self) -> None:
+        with FakeTensorMode() as mode:
+            layer, x = make_layer(), mode.from_tensor(X).requires_grad_()
+            y = layer(x)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+            with pytest.raises(ValueError, match="num_features=3"):
+                layer(x[:, :2])
+        assert y.shape == dx.shape == X.shape
+
+    @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 2), (0, 3, 5, 2), (4, 3, 1, 1)])
+    @pytest.mark.parametrize("channels_last", [True, False])
+    def test_fake_results_are_like_real_ones(
+        self, channels_last: bool, shape: tuple[int, ...]
+    ) -> None:
+        """Shapes, dtypes and strides; compiled code relies on them."""
+        x = randn(*shape).bfloat16()
+        if channels_last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        layer = make_layer()
+        statistics = (x, layer.weight, 3, 1e-5, 0.1, "float32", True, True, "", "alone", "auto")
+        mean, _, invstd, n = torch.ops.syncbn.statistics(*statistics)
+        given = (x, layer.weight, layer.bias, mean, invstd, n, "alone", "auto")
+        backward = (x, x, layer.weight, mean, invstd, n, True, "alone", "auto")
+        twice = (x, layer.weight, layer.bias, x, x, layer.weight, mean, invstd, n, "alone")
+        for name, arguments in (
+            ("statistics", statistics),
+            ("normalize", given),
+            ("backward", backward),
+            ("double_backward", twice),
+        ):
+            operator = getattr(torch.ops.syncbn, name).default
+            torch.library.opcheck(operator, arguments, test_utils="test_schema")
+            torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+    def test_functional_transforms(self) -> None:
+        layer = make_layer(track_running_stats=False, dtype=torch.float64)
+        norm = batch_norm_of(layer).double()
+        x = X.double()
+        for transform in (
+            lambda f: torch.func.grad(lambda x: f(x).pow(3).sum())(x),
+            lambda f: torch.func.jvp(f, (x,), (randn(*X.shape, seed=2).double(),)),
+            lambda f: torch.func.jacrev(f)(x),
+            lambda f: torch.func.jacfwd(f)(x),
+            lambda f: torch.func.hessian(lambda x: f(x).pow(3).sum())(x[:1]),
+            lambda f: torch.vmap(f, randomness="error")(torch.stack([x, x + x.square()])),
+        ):
+            torch.testing.assert_close(transform(layer), transform(norm))
+
+    def test_functional_transforms_check_the_input(self) -> None:
+        layer = make_layer(track_running_stats=False)
+        with pytest.raises(ValueError, match="num_features=3"):
+            torch.vmap(layer)(X.unsqueeze(0)[:, :, :2])
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            torch.vmap(layer)(torch.ones(2, 1, 3))
+
+    def test_batched_gradients(self) -> None:
+        layer = make_layer()
+        gradients = []
+        for module in (layer, batch_norm_of(layer)):
+            x = X.clone().requires_grad_()
+            rows = torch.stack([randn(*X.shape, seed=2), randn(*X.shape, seed=3)])
+            wanted = [x, *module.parameters()]
+            gradients.append(torch.autograd.grad(module(x), wanted, rows, is_grads_batched=True))
+        torch.testing.assert_close(gradients[0], gradients[1])
+
+    def test_hessian(self) -> None:
+        layer = make_layer(dtype=torch.float64)
+        read_out = randn(*X.shape, dtype=torch.float64, seed=5)
+        hessians = [
+            torch.autograd.functional.hessian(lambda x, f=f: (f(x) * read_out).sum(), X.double())
+            for f in (layer, batch_norm_of(layer).double())
+        ]
+        assert hessians[1].norm() > 1
+        torch.testing.assert_close(hessians[0], hessians[1])
+
+    @pytest.mark.parametrize("strict", [True, False])
+    @pytest.mark.parametrize("dynamic", [True, False])
+    def test_export(self, dynamic: bool, strict: bool) -> None:
+        layer = make_layer()
+        shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+        exported = torch.export.export(layer, (X,), dynamic_shapes=shapes, strict=strict)
+        x = OTHER if dynamic else X
+        module = exported.module()
+        assert torch.equal(module(x), layer(x))
+        assert _equal_state(module, layer)
+
+
+def _equal_state(ours: nn.Module, theirs: nn.Module) -> bool:
+    first, second = ours.state_dict(), theirs.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 def _call(layer: SyncBatchNorm) -> Callable[..., Tensor]:

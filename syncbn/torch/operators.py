@@ -1,0 +1,255 @@
+"""The training step as operators of PyTorch, with gradients: what a graph or autograd records.
+
+Compilers, export and shape inference see each operator as a whole, with its fake implementation;
+what it does on a rank is in step.py. Groups and backends are given by name and looked up when the
+operator runs.
+
+An operator in Python takes the host 0.1 ms for forward and backward, torch.autograd.Function a
+third of it. So eager code on plain tensors takes the latter, with the same functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from syncbn.contract import check_count
+from syncbn.torch import layout, step
+from syncbn.torch.backends import statistics_dtype
+from syncbn.torch.groups import ALONE_KEY, Communicator
+
+_library = torch.library.Library("syncbn", "DEF")
+_library.define(
+    "statistics(Tensor x, Tensor? weight, int num_features, float eps, float? momentum, "
+    "str? dtype, bool tracks, bool differentiates, str problem, str group, str backend) "
+    "-> (Tensor mean, Tensor var, Tensor invstd, Tensor n)"
+)
+_library.define(
+    "normalize(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor n, "
+    "str group, str backend) -> Tensor"
+)
+_library.define(
+    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, Tensor n, "
+    "bool wants_x, str group, str backend) -> (Tensor dx, Tensor grad_weight, Tensor grad_bias)"
+)
+_library.define(
+    "double_backward(Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, Tensor x, "
+    "Tensor? weight, Tensor mean, Tensor invstd, Tensor n, str group) "
+    "-> (Tensor grad_dy, Tensor grad_x, Tensor grad_weight)"
+)
+for _function in (step.statistics, step.normalize, step.backward, step.double_backward):
+    _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
+
+
+def statistics(x: Tensor, weight: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
+    """`step.statistics`; not differentiable, because `normalize` is as a function of x."""
+    if _is_plain(x):
+        return step.statistics(x, weight, *given)
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return _transformed_statistics(x, weight, *given)
+        if x.is_meta or isinstance(x, FakeTensor):
+            num_features, *_, problem, _, _ = given
+            step.raise_problem(problem)
+            step.check_input(x, num_features, weight)
+    with torch.no_grad():
+        return torch.ops.syncbn.statistics(x, weight, *given)
+
+
+def normalize(x: Tensor, *given: Any) -> Tensor:
+    """`step.normalize` with gradients."""
+    if _is_plain(x):
+        return _Normalize.apply(x, *given)
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        return _transformed_normalize(x, *given)
+    return torch.ops.syncbn.normalize(x, *given)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing but autograd watches what is done with x."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
+    )
+
+
+# torch.func: the formulas in operations that it can transform, on one rank
+
+
+def _transformed_statistics(
+    x: Tensor, weight: Tensor | None, num_features: int, eps: float, *given: Any
+) -> tuple[Tensor, ...]:
+    *_, problem, group, _ = given
+    if len(Communicator.of_key(group).ranks) > 1:
+        raise RuntimeError(
+            "SyncBatchNorm in training can be transformed by torch.func on one rank only, got a "
+            "group of several: call eval(), or set its process_group to one rank"
+        )
+    step.raise_problem(problem)
+    step.check_input(x, num_features, weight)
+    count = x.numel() // num_features
+    if group != ALONE_KEY:
+        check_count(count)
+    values = x.to(statistics_dtype(x.device))
+    dims, per_channel = _per_channel(x)
+    mean = values.sum(dims) / max(count, 1)
+    var = (values - mean.view(per_channel)).square().sum(dims) / max(count, 1)
+    return mean, var, (var + eps).rsqrt(), mean.new_full((), count)
+
+
+def _transformed_normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    *given: Any,
+) -> Tensor:
+    _, per_channel = _per_channel(x)
+    scale = invstd if weight is None else invstd * weight
+    y = (x - mean.view(per_channel)) * scale.view(per_channel)
+    return (y if bias is None else y + bias.view(per_channel)).to(x.dtype)
+
+
+def _per_channel(x: Tensor) -> tuple[list[int], list[int]]:
+    """The dimensions of x that a channel spans, and the shape of a vector beside x."""
+    return [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+
+
+# Shapes and dtypes of the results, for tensors without data
+
+
+@torch.library.register_fake("syncbn::statistics", lib=_library)
+def _statistics_fake(x: Tensor, weight: Any, num_features: int, *given: Any) -> tuple[Tensor, ...]:
+    mean = x.new_empty(num_features, dtype=statistics_dtype(x.device))
+    return mean, torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(())
+
+
+@torch.library.register_fake("syncbn::normalize", lib=_library)
+def _normalize_fake(x: Tensor, *given: Any) -> Tensor:
+    return layout.empty_like(x)
+
+
+@torch.library.register_fake("syncbn::backward", lib=_library)
+def _backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    wants_x = rest[2]
+    vector = torch.empty_like(mean if weight is None else weight)
+    dx = layout.empty_like(x) if wants_x else x.new_empty(0)
+    return dx, vector, torch.empty_like(vector)
+
+
+@torch.library.register_fake("syncbn::double_backward", lib=_library)
+def _double_backward_fake(
+    ddx: Any,
+    ddweight: Any,
+    ddbias: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Any,
+    mean: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    vector = torch.empty_like(mean if weight is None else weight)
+    return layout.empty_like(x).to(dy.dtype), layout.empty_like(x), vector
+
+
+# Gradients
+
+
+def _save_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, mean, invstd, n, ctx.group, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, mean, invstd, n)
+
+
+def _differentiate_normalize(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, invstd, n = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    twice = torch.is_grad_enabled() or not _is_plain(dy)
+    function = torch.ops.syncbn.backward if twice else step.backward
+    dx, dweight, dbias = function(dy, x, weight, mean, invstd, n, wants_x, ctx.group, ctx.backend)
+    return (
+        dx if wants_x else None,
+        dweight if wants_weight else None,
+        dbias if wants_bias else None,
+        *(None,) * 5,
+    )
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *saved, ctx.wants_x, ctx.group, _ = inputs
+    ctx.save_for_backward(*saved)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_backward(
+    ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    grad_dy, grad_x, grad_weight = torch.ops.syncbn.double_backward(
+        ddx if ctx.wants_x else None, ddweight, ddbias, *ctx.saved_tensors, ctx.group
+    )
+    weight = ctx.saved_tensors[2]
+    return grad_dy, grad_x, None if weight is None else grad_weight, *(None,) * 6
+
+
+def _differentiate_double_backward(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("SyncBatchNorm can be differentiated twice in training, not three times")
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None: ...
+
+
+for _name, _formula, _save in (
+    ("normalize", _differentiate_normalize, _save_normalize),
+    ("backward", _differentiate_backward, _save_backward),
+    ("double_backward", _differentiate_double_backward, _save_nothing),
+):
+    torch.library.register_autograd(f"syncbn::{_name}", _formula, setup_context=_save, lib=_library)
+
+
+# Batched gradients: one call for each
+
+
+def _one_by_one(operator: Any) -> Any:
+    """The rule by which torch.vmap batches an operator."""
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        calls = [
+            operator(
+                *(
+                    argument if dim is None else argument.select(dim, place)
+                    for argument, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for place in range(info.batch_size)
+        ]
+        results = tuple(torch.stack(result) for result in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+
+    return batched
+
+
+for _name in ("backward", "double_backward"):
+    _rule = _one_by_one(getattr(torch.ops.syncbn, _name))
+    torch.library.register_vmap(f"syncbn::{_name}", _rule, lib=_library)
+
+
+# Without the cost of an operator
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = step.normalize(*inputs)
+        _save_normalize(ctx, inputs, y)
+        return y
+
+    backward = staticmethod(_differentiate_normalize)
