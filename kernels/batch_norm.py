@@ -73,17 +73,15 @@ def _tile(t, block, R, C, S, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _values_before(t, R, S, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
-    """The number of values of a channel in the tiles before tile t."""
+def _values(t, R, S, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
+    """The number of values per channel in tile t, in float32."""
     if COLUMNS:
-        values = tl.minimum(t * BLOCK_R, R).to(tl.int64)
+        values = tl.minimum(R - t * BLOCK_R, BLOCK_R)
     else:
         across = tl.cdiv(S, BLOCK)
-        first_row = tl.minimum((t // across) * BLOCK_R, R)
-        rows = tl.minimum(R - first_row, BLOCK_R)
-        left = tl.minimum((t % across) * BLOCK, S)
-        values = tl.cast(first_row, tl.int64) * S + tl.cast(rows, tl.int64) * left
-    return values
+        rows = tl.minimum(R - (t // across) * BLOCK_R, BLOCK_R)
+        values = rows * tl.minimum(S - (t % across) * BLOCK, BLOCK)
+    return values.to(tl.float32)
 
 
 @triton.jit
@@ -137,30 +135,51 @@ def _store(ptr, index, mask, value, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _deviations(x_ptr, offsets, mask, mean, COLUMNS: tl.constexpr):
-    """x - mean in float32, and 0 beyond the data."""
-    if COLUMNS:  # triton-ascend cannot lower an `other` that is a row of means
-        d = _masked_deviations(x_ptr, offsets, mask, mean)
-    elif x_ptr.dtype.element_ty == tl.float32:
-        d = tl.load(x_ptr + offsets, mask=mask, other=mean) - mean
-    else:  # `other` would be the mean rounded to half precision
-        d = _masked_deviations(x_ptr, offsets, mask, mean)
-    return d
-
-
-@triton.jit
-def _masked_deviations(x_ptr, offsets, mask, mean):
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, x - mean, 0.0)
-
-
-@triton.jit
 def _corrected(mean, shift):
     """mean + shift, where shift is the mean of x - mean.
 
     If the mean is infinite, the shift is NaN and the mean is kept.
     """
     return tl.where(tl.abs(shift) < float("inf"), mean + shift, mean)
+
+
+@triton.jit
+def _stats_of_tile(
+    x, mask, count, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Mean and biased variance of the values of a tile; x is 0 beyond the data.
+
+    The second pass also corrects the mean by the mean of x - mean: the rounding error that all
+    values share, as in a constant channel. The squares are divided by count before they are added,
+    in 64ths, because a sum of squares may overflow where the variance does not.
+    """
+    mean = _sum(x, COLUMNS, BLOCK_R, BLOCK) / count
+    d = tl.where(mask, x - mean, 0.0)
+    shift = _sum(d, COLUMNS, BLOCK_R, BLOCK) / count
+    d *= 0.125
+    var = _sum(d * d * (64.0 / count), COLUMNS, BLOCK_R, BLOCK)
+    var = tl.where(var < float("inf"), var - shift * shift, var)  # keep infinity
+    var = tl.where(var < 0, 0.0, var)  # `maximum` would drop a NaN
+    return _corrected(mean, shift), var
+
+
+@triton.jit
+def _merged(count, mean, var, more_count, more_mean, more_var):
+    """Count, mean and variance of two sets of values together; the first set may be empty.
+
+    Chan, Golub and LeVeque, The American Statistician 37 (1983). Sets with equal means keep that
+    mean exactly. The variances are weighted, not their difference, so that infinity stays.
+    """
+    total = count + more_count
+    weight = more_count / total
+    away = more_mean - mean
+    merged = tl.where(
+        tl.abs(away) < float("inf"),
+        mean + away * weight,
+        mean * (1 - weight) + more_mean * weight,
+    )
+    between = (away * weight) * (away * (1 - weight))
+    return total, merged, var * (1 - weight) + more_var * weight + between
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -172,10 +191,8 @@ def stats(
 
     Plain version: `syncbn.reference.formulas.stats`.
 
-    There are two passes over x. The second one also corrects the mean by the mean of x - mean: the
-    rounding error that all values share, as in a constant channel. The squares are divided by count
-    before they are added, in 64ths, because a sum of squares may overflow where the variance does
-    not.
+    x is read once: a tile stays on the chip for the two passes over it, and its statistics are
+    merged with those of the tiles before it (`_merged`), _RUN tiles at a time and then those runs.
 
     Args:
         x_ptr: (R, C, S), float32, float16 or bfloat16.
@@ -189,32 +206,22 @@ def stats(
         part = item // blocks
         begin = part * per_part
         end = tl.minimum(begin + per_part, tiles)
-        count = (
-            _values_before(end, R, S, COLUMNS, BLOCK_R, BLOCK)
-            - _values_before(begin, R, S, COLUMNS, BLOCK_R, BLOCK)
-        ).to(tl.float32)
+        count = 0.0
         mean = _zero(COLUMNS, BLOCK)
-        for run in range(begin, end, _RUN):
-            sums = tl.zeros((BLOCK_R, BLOCK), dtype=tl.float32)
-            for t in range(run, tl.minimum(run + _RUN, end)):
-                offsets, mask = _tile(t, block, R, C, S, COLUMNS, BLOCK_R, BLOCK)
-                sums += tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            mean += _sum(sums, COLUMNS, BLOCK_R, BLOCK) / count
-        shift = _zero(COLUMNS, BLOCK)
         var = _zero(COLUMNS, BLOCK)
         for run in range(begin, end, _RUN):
-            sums = tl.zeros((BLOCK_R, BLOCK), dtype=tl.float32)
-            squares = tl.zeros((BLOCK_R, BLOCK), dtype=tl.float32)
+            run_count = 0.0
+            run_mean = _zero(COLUMNS, BLOCK)
+            run_var = _zero(COLUMNS, BLOCK)
             for t in range(run, tl.minimum(run + _RUN, end)):
                 offsets, mask = _tile(t, block, R, C, S, COLUMNS, BLOCK_R, BLOCK)
-                d = _deviations(x_ptr, offsets, mask, mean, COLUMNS)
-                sums += d
-                squares += (d * 0.125) * (d * 0.125)
-            shift += _sum(sums, COLUMNS, BLOCK_R, BLOCK) / count
-            var += _sum(squares * (64.0 / count), COLUMNS, BLOCK_R, BLOCK)
-        mean = _corrected(mean, shift)
-        var = tl.where(var < float("inf"), var - shift * shift, var)  # keep infinity
-        var = tl.where(var < 0, 0.0, var)  # `maximum` would drop a NaN
+                x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+                values = _values(t, R, S, COLUMNS, BLOCK_R, BLOCK)
+                tile_mean, tile_var = _stats_of_tile(x, mask, values, COLUMNS, BLOCK_R, BLOCK)
+                run_count, run_mean, run_var = _merged(
+                    run_count, run_mean, run_var, values, tile_mean, tile_var
+                )
+            count, mean, var = _merged(count, mean, var, run_count, run_mean, run_var)
         index, channel_mask = _channels(block, C, COLUMNS, BLOCK)
         _store(mean_ptr + part * C, index, channel_mask, mean, COLUMNS, BLOCK)
         _store(var_ptr + part * C, index, channel_mask, var, COLUMNS, BLOCK)

@@ -29,7 +29,7 @@ FAULTS = {
     ),
     "forgotten run": Fault("sum_dy += _sum(of_dy,", "sum_dy = _sum(of_dy,"),
     "flipped sign": Fault("y = (x - mean) * scale + bias", "y = (x + mean) * scale + bias"),
-    "dropped mask": Fault("return tl.where(mask, x - mean, 0.0)", "return x - mean"),
+    "dropped mask": Fault("d = tl.where(mask, x - mean, 0.0)", "d = x - mean"),
 }
 
 

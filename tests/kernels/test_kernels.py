@@ -307,6 +307,17 @@ class TestTwin:
         x, dy = 3 + randn(*shape, dtype=dtype), randn(*shape, dtype=dtype, seed=1)
         assert_step(make_layer(shape[1], backend="twin"), x, dy)
 
+    @pytest.mark.parametrize("first", [1, 40_000, 60_000])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_tiles_whose_means_differ(self, layout: str, first: int) -> None:
+        """All values before `first` are one constant, and the others another; then a ramp."""
+        values = torch.full((65_000,), 1e4 / 3)
+        values[first:] = -7.7
+        ramp = torch.linspace(1e4, 1e4 + 3, 65_000)
+        x = torch.stack([values, ramp])
+        x = x.T if layout == "(N, C)" else _laid_out(x.view(2, 65, 1000).transpose(0, 1), layout)
+        assert_step(make_layer(2, backend="twin", momentum=1.0), x, randn(*x.shape))
+
     @pytest.mark.parametrize("arguments", [{"affine": False}, {"track_running_stats": False}])
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_nothing_learned_or_tracked(self, layout: str, arguments: dict[str, Any]) -> None:
