@@ -1,4 +1,4 @@
-"""The clauses of the contract, as reports name them; docs/contract.md has their full text."""
+"""The clauses of the contract by id. docs/contract.md has their full text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Clause:
-    """One clause: `doc` says the operator's page states it, `decided` that the page is silent."""
+    """One clause of the contract.
+
+    title: the clause in a few words.
+    origin: "doc" if the page of mindspore.mint.nn.SyncBatchNorm states it, "decided" if the page
+        leaves it open, "doc, decided" if it states a part.
+    not_run: why the suite has no case for it; None if it has.
+    """
 
     title: str
     origin: str
-    not_run: str | None = None  # why the suite has no case for it
+    not_run: str | None = None
 
     @property
     def documented(self) -> bool:
+        """Whether the page states the clause, at least in part."""
         return self.origin != "decided"
 
 

@@ -1,8 +1,8 @@
-"""Random tensors that the controller and every rank can make alike, without any framework.
+"""Random tensors: the controller and every rank generate the same ones, without any framework.
 
-An array is a function of (seed, name, rank): Philox is a counter-based generator and its key is
-the hash of the three. Values are float64 but representable in the dtype they are meant for, so
-that no rank rounds what the reference does not.
+An array is a function of (seed, name, rank): Philox is a counter-based generator, and its key is
+the hash of the three. Values are float64, but the dtype of the tensor can represent them. So the
+ranks and the reference compute with the same numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def shard(case: Case, index: int, rank: int) -> Array:
         values = _cut_of_whole(case, index, rank)
     else:
         values = _generator(case.seed, f"x{index}", rank).standard_normal(shape)
-        # Ranks differ in mean and spread, or local statistics would pass for the group's.
+        # Ranks differ in mean and spread, so that local statistics differ from those of the group.
         values = values * (1 + 0.3 * rank) + 0.7 * rank
     if spec.constant:
         values = np.zeros(shape)
@@ -63,7 +63,7 @@ def grad_output(case: Case, index: int, rank: int) -> Array:
 
 
 def initial_state(case: Case) -> dict[str, Array]:
-    """Parameters and running statistics that every rank starts from."""
+    """The parameters and running statistics that every rank starts with."""
     features, dtype = case.num_features, case.parameter_dtype
     draw = _generator(case.seed, "state", 0)
     weight = draw.uniform(0.5, 1.5, features) * np.where(np.arange(features) % 2, -1, 1)
@@ -81,7 +81,7 @@ def initial_state(case: Case) -> dict[str, Array]:
 
 
 def round_to(values: Any, dtype: str) -> Array:
-    """The float64 values of `dtype` nearest to the given ones (ties to even)."""
+    """The values of `dtype` nearest to the given ones (ties to even), as float64."""
     if dtype == "bfloat16":
         bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

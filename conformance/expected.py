@@ -1,4 +1,4 @@
-"""What the reference says that each rank of a case must get."""
+"""The results that each rank of a case must get, from the reference."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from syncbn.reference import Bounded, SyncBatchNorm, averaged
 
 @dataclass(frozen=True)
 class Expected:
-    """One rank after one step, by the names of syncbn.conformance.checks.CHECKS.
+    """The results of one rank after one step.
 
-    A value of None means that there must be none: a gradient that was not asked for, a statistic
-    that is not tracked. A check that is missing is not defined for this step.
+    values: by the names of syncbn.conformance.checks.CHECKS. None means that there must be no
+        value: a gradient that is not wanted, a statistic that is not tracked. A name that is
+        absent is not defined for this step.
+    num_batches_tracked: None if nothing is tracked.
     """
 
     values: dict[str, Bounded | None] = field(default_factory=dict)
@@ -30,9 +32,10 @@ Expectations: TypeAlias = "list[list[Expected | None]]"
 
 
 def expect(case: Case) -> Expectations:
+    """The expected results of every rank in every step of a case."""
     results: Expectations = [[None] * len(case.steps) for _ in range(case.ranks)]
     layers = _layers(case)
-    with np.errstate(all="ignore"):  # poisoned and overflowing cases are meant to
+    with np.errstate(all="ignore"):  # poisoned and overflowing cases divide by 0
         for index, step in enumerate(case.steps):
             groups = case.groups_at(index) or (tuple(range(case.ranks)),)
             if index == 0 or step.groups:
@@ -69,7 +72,7 @@ def _layer(case: Case) -> SyncBatchNorm:
 
 
 def _regrouped(layers: dict[int, SyncBatchNorm], groups: Groups) -> dict[int, SyncBatchNorm]:
-    """For each group a copy of every layer in it: its ranks go different ways from here on."""
+    """A copy of every layer for each group, because groups differ in statistics from now on."""
     copies: dict[tuple[int, tuple[int, ...]], SyncBatchNorm] = {}
     return {
         rank: copies.setdefault((id(layers[rank]), group), copy.copy(layers[rank]))
@@ -81,7 +84,7 @@ def _regrouped(layers: dict[int, SyncBatchNorm], groups: Groups) -> dict[int, Sy
 def _step(
     case: Case, layer: SyncBatchNorm, group: tuple[int, ...], index: int
 ) -> dict[int, Expected]:
-    """What the ranks of a group get from a step whose state before it is that of `layer`."""
+    """The results of the ranks of a group in a step. `layer` is in their state, and moves."""
     step = case.steps[index]
     ranks = [rank for rank in group if step.takes_part(rank)]
     values: dict[int, dict[str, Bounded | None]] = {rank: {} for rank in ranks}
@@ -98,10 +101,10 @@ def _step(
             values[rank]["y"] = y
         if step.backward:
             dys = [data.grad_output(case, index, rank) for rank in ranks]
-            found = layer.backward(dys)
+            all_gradients = layer.backward(dys)
             if case.ddp:
-                found = averaged(found, case.parameter_dtype)
-            for rank, gradients in zip(ranks, found, strict=True):
+                all_gradients = averaged(all_gradients, case.parameter_dtype)
+            for rank, gradients in zip(ranks, all_gradients, strict=True):
                 wants_input, wants_parameters = step.wants_grad(rank)
                 wants_parameters &= case.affine
                 values[rank] |= {

@@ -1,8 +1,8 @@
-"""The must-pass list: which cases a profile has, frozen by id in conformance/profiles/.
+"""The must-pass lists: the cases of each profile, frozen by id in conformance/profiles/.
 
-A run is compared with it, so that a case that got lost is a failure and no omission. One file per
-number of ranks, as ids depend on it; a line has an id, the clause, the first profile that has the
-case (the later ones have it, too) and its title, for whoever reviews a change.
+A run is compared with its list, so that a case that got lost fails the run. There is one file for
+each number of ranks, because ids depend on it. A line has the id, the clause, the first profile
+that has the case (later profiles have it as well), and the title, for the review of a change.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ FOLDER = Path(__file__).resolve().parent / "profiles"
 
 
 def freeze() -> None:
-    """Write the lists of what the catalogue has now."""
+    """Write the lists from the cases that the catalogue has now."""
     for ranks in RANKS:
         (FOLDER / f"{ranks}.txt").write_text(_text(ranks))
 
 
 def listed(ranks: int, profile: str) -> dict[str, str]:
-    """Id and the rest of its line of every case of a profile; nothing for other `RANKS`."""
+    """Clause and title of every case of a profile, by id. Empty if `ranks` is not in RANKS."""
     if ranks not in RANKS:
         return {}
     lines = (FOLDER / f"{ranks}.txt").read_text().splitlines()
@@ -33,7 +33,7 @@ def listed(ranks: int, profile: str) -> dict[str, str]:
 
 
 def missing(ranks: int, profile: str, ran: Iterable[str]) -> list[str]:
-    """The ids that are on the list of a profile and not among those that ran."""
+    """The ids on the list of a profile that are not among those that ran."""
     return sorted(set(listed(ranks, profile)) - set(ran))
 
 

@@ -1,7 +1,8 @@
 """Messages between controller and ranks: JSON and arrays over a connection, never pickle.
 
-A message is one JSON object and named arrays. As bytes: the length of the header (4 bytes, little
-endian), the header (JSON: the object and each array's name, dtype and shape), then the arrays.
+A message is one JSON object and named arrays. Its bytes are the length of the header (4 bytes,
+little endian), the header (JSON: the object, and the name, dtype and shape of each array), and the
+arrays.
 """
 
 from __future__ import annotations

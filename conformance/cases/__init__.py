@@ -1,7 +1,7 @@
 """The cases of the suite, clause by clause, for any number of ranks.
 
-Shards differ per rank, dy is random, uneven and empty shards are ordinary. A case checks what its
-clause says and no more, so that a layer with one fault fails the clauses of that fault.
+Shards differ between ranks, dy is random, uneven and empty shards are ordinary. A case checks what
+its clause says and no more, so that a layer with one fault fails the clauses of that fault.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from syncbn.conformance.cases import (  # noqa: F401  # importing them registers
 from syncbn.conformance.cases.build import BUILDERS, SWEEPS
 from syncbn.conformance.clauses import CLAUSES
 
-# Each holds the ones before it.
+# Each profile holds the ones before it.
 PROFILES = ("smoke", "certify", "full")
 
 REGRESSIONS = Path(__file__).resolve().parent.parent / "regressions"
@@ -32,24 +32,27 @@ REGRESSIONS = Path(__file__).resolve().parent.parent / "regressions"
 def catalogue(ranks: int, profile: str = "full") -> list[Case]:
     """The cases of a profile, clause by clause.
 
-    smoke: the first case of each clause. certify: all that were thought of one by one, and the
-    regressions. full: sweeps over all combinations of shapes, dtypes, layouts and more as well.
+    Args:
+        ranks: the number of ranks.
+        profile: "smoke" is the first case of each clause. "certify" is every case that was written
+            by hand, and the regressions. "full" adds sweeps over all combinations of shapes,
+            dtypes, layouts and more.
     """
-    known = regressions(ranks)
-    found: dict[str, Case] = {}  # by id, for on few ranks different cases ask the same
+    all_regressions = regressions(ranks)
+    by_id: dict[str, Case] = {}  # on few ranks, different builders make the same case
     for clause in CLAUSES:
         drafts = list(BUILDERS[clause](ranks)) if clause in BUILDERS else []
         if profile == "full" and clause in SWEEPS:
             drafts += SWEEPS[clause](ranks)
         cases = [Case(clause=clause, ranks=ranks, **draft) for draft in drafts]
-        cases += [case for case in known if case.clause == clause]
+        cases += [case for case in all_regressions if case.clause == clause]
         for case in cases[:1] if profile == "smoke" else cases:
-            found.setdefault(case.id, case)
-    return list(found.values())
+            by_id.setdefault(case.id, case)
+    return list(by_id.values())
 
 
 def regressions(ranks: int) -> list[Case]:
-    """The cases on this many ranks that once showed a fault; see syncbn.conformance.explore."""
+    """The cases on this many ranks that syncbn.conformance.explore found; each showed a fault."""
     cases = [load(json.loads(path.read_text())) for path in sorted(REGRESSIONS.glob("*.json"))]
     return [case for case in cases if case.ranks == ranks]
 

@@ -1,4 +1,4 @@
-"""What the cases are built from: shapes, patterns over ranks, and the register of clauses."""
+"""Parts of cases: shapes, patterns over ranks, and the register of what builds the cases."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 from syncbn.conformance.case import Step
 
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
-Draft: TypeAlias = dict[str, Any]  # the fields of a Case, but for its clause and ranks
+Draft: TypeAlias = dict[str, Any]  # the fields of a Case, except its clause and ranks
 Builder: TypeAlias = Callable[[int], Iterator[Draft]]
 
 GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
 RUNNING = ("running_mean", "running_var")
-# Enough to see whether a step moved the statistics, without the question how var is unbiased.
+# Enough to see whether a step moved the statistics, whatever the layer does to make var unbiased.
 MOVED = ("running_mean", "num_batches_tracked")
 ALL = ("y", *GRADIENTS, *RUNNING)
 
@@ -22,8 +22,8 @@ BUILDERS: dict[str, Builder] = {}
 SWEEPS: dict[str, Builder] = {}
 
 
-def asks(clause: str, register: dict[str, Builder] = BUILDERS) -> Callable[[Builder], Builder]:
-    """Register a function from a number of ranks to the cases of a clause."""
+def cases_of(clause: str, register: dict[str, Builder] = BUILDERS) -> Callable[[Builder], Builder]:
+    """Register a function that builds the cases of a clause for a number of ranks."""
 
     def add(builder: Builder) -> Builder:
         assert clause not in register
@@ -33,9 +33,9 @@ def asks(clause: str, register: dict[str, Builder] = BUILDERS) -> Callable[[Buil
     return add
 
 
-def sweeps(clause: str) -> Callable[[Builder], Builder]:
+def sweep_of(clause: str) -> Callable[[Builder], Builder]:
     """The same for cases that only the profile `full` has."""
-    return asks(clause, SWEEPS)
+    return cases_of(clause, SWEEPS)
 
 
 def products(**factors: Iterable[Any]) -> Iterator[dict[str, Any]]:
@@ -45,12 +45,12 @@ def products(**factors: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 
 def titled(**chosen: Any) -> str:
-    """A title that names what was chosen."""
+    """A title made of names and values."""
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
 
 
 def case(title: str, *steps: Step, **fields: Any) -> Draft:
-    """A case of a layer with 3 channels, unless `layer` says otherwise."""
+    """A case of a layer with 3 channels, unless `layer` sets another number."""
     layer = {"num_features": 3} | fields.pop("layer", {})
     return {"title": title, "steps": steps, "layer": layer, **fields}
 
@@ -65,18 +65,19 @@ def uneven(ranks: int, *rest: int) -> Shapes:
     return tuple(((3, 2, 4, 1, 5)[rank % 5], *rest) for rank in range(ranks))
 
 
-def ragged(ranks: int, channels: int) -> Shapes:
-    """Images that differ in batch and in both spatial sizes."""
+def varied(ranks: int, channels: int) -> Shapes:
+    """Images that differ between ranks in the batch and in both spatial sizes."""
     return tuple((1 + rank % 3, channels, 4 + rank, 5 - rank % 4) for rank in range(ranks))
 
 
-def holes(ranks: int, empty: set[int], *rest: int) -> Shapes:
-    """Uneven batches, none on the ranks in `empty`."""
+def with_empty(ranks: int, empty: set[int], *rest: int) -> Shapes:
+    """Uneven batches; the ranks in `empty` have an empty one."""
     shapes = uneven(ranks, *rest)
     return tuple((0, *rest) if r in empty else shape for r, shape in enumerate(shapes))
 
 
 def empty_patterns(ranks: int) -> Iterator[tuple[str, set[int]]]:
+    """Titles, and which ranks are empty."""
     yield "every rank is empty", set(range(ranks))
     if ranks > 1:
         yield "rank 0 is empty", {0}
@@ -85,13 +86,14 @@ def empty_patterns(ranks: int) -> Iterator[tuple[str, set[int]]]:
 
 
 def groupings(ranks: int) -> Iterator[tuple[str, tuple[tuple[int, ...], ...]]]:
-    everyone = tuple(range(ranks))
-    yield "all in one", (everyone,)
+    """Titles, and the ranks of each process group."""
+    all_ranks = tuple(range(ranks))
+    yield "all in one", (all_ranks,)
     if ranks > 1:
-        yield "each alone", tuple((rank,) for rank in everyone)
+        yield "each alone", tuple((rank,) for rank in all_ranks)
     if ranks > 2:
-        yield "unequal sizes", (everyone[:-1], everyone[-1:])
-        yield "rank 1 in none", (tuple(rank for rank in everyone if rank != 1),)
+        yield "unequal sizes", (all_ranks[:-1], all_ranks[-1:])
+        yield "rank 1 in none", (tuple(rank for rank in all_ranks if rank != 1),)
     if ranks > 3:
-        yield "neighbours", (everyone[: ranks // 2], everyone[ranks // 2 :])
-        yield "every other", (everyone[::2], everyone[1::2])
+        yield "neighbours", (all_ranks[: ranks // 2], all_ranks[ranks // 2 :])
+        yield "every other", (all_ranks[::2], all_ranks[1::2])

@@ -1,4 +1,4 @@
-"""How the layer is built: CTOR-1 to CTOR-5, and the arguments that it refuses."""
+"""How the layer is built: CTOR-1 to CTOR-6, and the arguments that it refuses: ERR-1 to ERR-8."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from collections.abc import Iterator
 from typing import Any
 
 from syncbn.conformance.case import Step
-from syncbn.conformance.cases.build import GRADIENTS, MOVED, Draft, asks, case, uneven
+from syncbn.conformance.cases.build import GRADIENTS, MOVED, Draft, case, cases_of, uneven
 
 
-@asks("CTOR-1")
+@cases_of("CTOR-1")
 def constructors(ranks: int) -> Iterator[Draft]:
     yield case("signature", checks=("signature",), state="initial")
 
 
-@asks("CTOR-2")
+@cases_of("CTOR-2")
 def affine(ranks: int) -> Iterator[Draft]:
     for on in (True, False):
         yield _constructed(f"affine={on}", {"affine": on})
 
 
-@asks("CTOR-3")
+@cases_of("CTOR-3")
 def tracking(ranks: int) -> Iterator[Draft]:
     for on in (True, False):
         yield _constructed(f"track_running_stats={on}", {"track_running_stats": on})
 
 
-@asks("CTOR-4")
+@cases_of("CTOR-4")
 def dtypes(ranks: int) -> Iterator[Draft]:
     for dtype in (None, "float32", "float16", "bfloat16", "float64"):
         yield _constructed(f"dtype={dtype}", {"dtype": dtype})
 
 
-@asks("CTOR-5")
+@cases_of("CTOR-5")
 def checkpoints(ranks: int) -> Iterator[Draft]:
     for on in (True, False):
         layer = {"affine": on, "track_running_stats": on}
@@ -54,7 +54,7 @@ def checkpoints(ranks: int) -> Iterator[Draft]:
         )
 
 
-@asks("CTOR-6")
+@cases_of("CTOR-6")
 def live_attributes(ranks: int) -> Iterator[Draft]:
     def changed(mode: str = "train", **attributes: Any) -> Step:
         return Step(uneven(ranks, 3, 4), mode=mode, attributes=attributes)
@@ -73,7 +73,7 @@ def live_attributes(ranks: int) -> Iterator[Draft]:
     yield case(title, off, evaluate, on, checks=checks)
 
 
-@asks("ERR-1")
+@cases_of("ERR-1")
 def wrong_num_features(ranks: int) -> Iterator[Draft]:
     for value in (3.0, "3", None, True, [3]):
         yield _refused("TypeError", num_features=value)
@@ -81,19 +81,19 @@ def wrong_num_features(ranks: int) -> Iterator[Draft]:
     yield _accepted(integer)
 
 
-@asks("ERR-2")
+@cases_of("ERR-2")
 def wrong_eps(ranks: int) -> Iterator[Draft]:
     for value in (1, "1e-5", "small", None, True):
         yield _refused("TypeError", eps=value)
 
 
-@asks("ERR-3")
+@cases_of("ERR-3")
 def too_few_features(ranks: int) -> Iterator[Draft]:
     for value in (0, -1):
         yield _refused("ValueError", num_features=value)
 
 
-@asks("ERR-4")
+@cases_of("ERR-4")
 def momentum_range(ranks: int) -> Iterator[Draft]:
     for value in (1.5, -0.1, {"float": "nan"}):
         yield _refused("ValueError", momentum=value)
@@ -101,13 +101,13 @@ def momentum_range(ranks: int) -> Iterator[Draft]:
         yield _accepted({"momentum": limit})
 
 
-@asks("ERR-5")
+@cases_of("ERR-5")
 def rank_ids(ranks: int) -> Iterator[Draft]:
     for value in ([0, ranks], [-1, 0]):
         yield _refused("ValueError", process_group=value)
 
 
-@asks("ERR-8")
+@cases_of("ERR-8")
 def wrong_arguments(ranks: int) -> Iterator[Draft]:
     for error, arguments in (
         ("TypeError", {"momentum": "0.1"}),

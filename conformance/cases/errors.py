@@ -1,37 +1,37 @@
-"""Errors in a step: ERR-6, ERR-7, ERR-9."""
+"""Errors in a step: ERR-6, ERR-7 and ERR-9."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from syncbn.conformance.case import ExpectedError, Step
-from syncbn.conformance.cases.build import MOVED, Draft, asks, case, even, uneven
+from syncbn.conformance.cases.build import MOVED, Draft, case, cases_of, even, uneven
 
 
-@asks("ERR-6")
+@cases_of("ERR-6")
 def wrong_shapes(ranks: int) -> Iterator[Draft]:
-    everyone = ExpectedError("ValueError", tuple(range(ranks)))
+    all_ranks = ExpectedError("ValueError", tuple(range(ranks)))
     for title, shape in (
         ("1 dimension", (3,)),
         ("0 channels", (4, 0, 5)),
         ("2 channels for 3", (4, 2, 5)),
-        ("6 channels for 3", (4, 6, 5)),  # which a reshape to 3 would not refuse
+        ("6 channels for 3", (4, 6, 5)),  # a reshape to 3 channels would accept it
     ):
         for mode in ("train", "eval"):
-            step = Step(even(ranks, *shape), mode=mode, backward=False, error=everyone)
+            step = Step(even(ranks, *shape), mode=mode, backward=False, error=all_ranks)
             yield case(f"{title}, {mode}", step, checks=MOVED)
-    layer = {"affine": False}  # so that num_features alone tells the number of channels
+    layer = {"affine": False}  # only num_features says how many channels there are
     for mode in ("train", "eval"):
-        step = Step(even(ranks, 4, 6, 5), mode=mode, backward=False, error=everyone)
+        step = Step(even(ranks, 4, 6, 5), mode=mode, backward=False, error=all_ranks)
         yield case(f"6 channels for 3, affine=False, {mode}", step, layer=layer, checks=MOVED)
 
 
-@asks("ERR-7")
+@cases_of("ERR-7")
 def single_value(ranks: int) -> Iterator[Draft]:
-    everyone = ExpectedError("ValueError", tuple(range(ranks)))
+    all_ranks = ExpectedError("ValueError", tuple(range(ranks)))
     for rest in ((3,), (3, 1, 1)):
         shapes = ((1, *rest), *even(ranks - 1, 0, *rest))
-        step = Step(shapes, error=everyone)
+        step = Step(shapes, error=all_ranks)
         yield case(f"one value, {len(rest) + 1} dimensions", step, checks=MOVED)
     if ranks > 1:
         step = Step(even(ranks, 1, 3))
@@ -40,7 +40,7 @@ def single_value(ranks: int) -> Iterator[Draft]:
         yield case("one value on rank 0, 8 on the others", step, checks=("y",))
 
 
-@asks("ERR-9")
+@cases_of("ERR-9")
 def failing_together(ranks: int) -> Iterator[Draft]:
     if ranks < 2:
         return
@@ -52,7 +52,7 @@ def failing_together(ranks: int) -> Iterator[Draft]:
         ("the last rank has 1 dimension", (last,), (3,)),
         ("the first and the last rank have 2 channels", (0, last), (2, 2, 4)),
     ):
-        shapes = tuple(shape if r in at else one for r, one in enumerate(good.shapes))
+        shapes = tuple(shape if r in at else fine for r, fine in enumerate(good.shapes))
         bad = Step(shapes, error=ExpectedError("ValueError", at))
         yield case(title, good, bad, good, checks=("y", *MOVED))
     shapes = ((2, 2, 4), *good.shapes[1:])
@@ -63,7 +63,7 @@ def failing_together(ranks: int) -> Iterator[Draft]:
     integers = tuple("int64" if rank == 1 else "float32" for rank in range(ranks))
     bad = Step(good.shapes, dtype=integers, error=ExpectedError("TypeError", (1,)))
     yield case("rank 1 has integers", bad, good, checks=("y", *MOVED))
-    # Without parameters there is nothing whose dtype an input would have to match.
+    # Without parameters, no dtype of theirs refuses the input.
     title, layer = "rank 1 has integers, affine=False", {"affine": False}
     yield case(title, bad, good, layer=layer, checks=("y", *MOVED))
     if ranks > 3:

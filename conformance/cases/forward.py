@@ -12,36 +12,36 @@ from syncbn.conformance.cases.build import (
     MOVED,
     Draft,
     Shapes,
-    asks,
     case,
+    cases_of,
     empty_patterns,
     even,
     groupings,
-    holes,
     products,
-    ragged,
     titled,
     uneven,
+    varied,
+    with_empty,
 )
 
 
-@asks("FWD-1")
+@cases_of("FWD-1")
 def forward(ranks: int) -> Iterator[Draft]:
-    def one(title: str, shapes: Shapes, seed: int = 0, **layer: Any) -> Draft:
+    def draft(title: str, shapes: Shapes, seed: int = 0, **layer: Any) -> Draft:
         step = Step(shapes, backward=False)
         return case(title, step, layer=layer, checks=("y",), seed=seed)
 
     for seed in range(3):
-        yield one(f"images, seed {seed}", even(ranks, 4, 3, 5, 6), seed)
-    yield one("matrices", even(ranks, 6, 3))
-    yield one("affine=False", even(ranks, 4, 3, 7), affine=False)
-    yield one("eps=0.1", even(ranks, 4, 3, 7), eps=0.1)
-    yield one("eps=0.0", even(ranks, 4, 3, 7), eps=0.0)
+        yield draft(f"images, seed {seed}", even(ranks, 4, 3, 5, 6), seed)
+    yield draft("matrices", even(ranks, 6, 3))
+    yield draft("affine=False", even(ranks, 4, 3, 7), affine=False)
+    yield draft("eps=0.1", even(ranks, 4, 3, 7), eps=0.1)
+    yield draft("eps=0.0", even(ranks, 4, 3, 7), eps=0.0)
     for channels in (1, 64, 65, 257):
-        yield one(f"{channels} channels", even(ranks, 2, channels, 5), num_features=channels)
+        yield draft(f"{channels} channels", even(ranks, 2, channels, 5), num_features=channels)
 
 
-@asks("FWD-2")
+@cases_of("FWD-2")
 def dimensions(ranks: int) -> Iterator[Draft]:
     checks = ("y", "format", "input_unmodified")
     for spatial in ((), (5,), (5, 4), (3, 4, 2), (2, 3, 1, 2)):
@@ -53,13 +53,13 @@ def dimensions(ranks: int) -> Iterator[Draft]:
         yield case(f"{len(spatial) + 2} dimensions, channels_last", step, checks=checks)
 
 
-@asks("FWD-3")
+@cases_of("FWD-3")
 def uneven_shards(ranks: int) -> Iterator[Draft]:
     big = tuple((16 if rank == 0 else 1, 3, 6) for rank in range(ranks))
     for title, shapes in (
         ("batch sizes", uneven(ranks, 3, 5, 4)),
         ("batch sizes of matrices", uneven(ranks, 3)),
-        ("batch and spatial sizes", ragged(ranks, 3)),
+        ("batch and spatial sizes", varied(ranks, 3)),
         ("16 images on rank 0, 1 elsewhere", big),
         ("spatial sizes", tuple((2, 3, 1 + 2 * rank) for rank in range(ranks))),
     ):
@@ -67,38 +67,38 @@ def uneven_shards(ranks: int) -> Iterator[Draft]:
         yield case(title, step, checks=("y",))
 
 
-@asks("FWD-4")
+@cases_of("FWD-4")
 def empty_shards(ranks: int) -> Iterator[Draft]:
     for title, empty in empty_patterns(ranks):
         for rest in ((3,), (3, 4, 3)):
-            step = Step(holes(ranks, empty, *rest), backward=False)
+            step = Step(with_empty(ranks, empty, *rest), backward=False)
             yield case(f"{title}, {len(rest) + 1} dimensions", step, checks=("y", "format"))
     for dtype in ("float16", "bfloat16"):
-        step = Step(holes(ranks, {0}, 3, 4), dtype=dtype, backward=False)
+        step = Step(with_empty(ranks, {0}, 3, 4), dtype=dtype, backward=False)
         yield case(f"rank 0 is empty, {dtype}", step, checks=("y", "format"))
 
 
-@asks("FWD-5")
+@cases_of("FWD-5")
 def groups(ranks: int) -> Iterator[Draft]:
-    everyone = tuple(range(ranks))
+    all_ranks = tuple(range(ranks))
     for title, grouping in groupings(ranks):
         step = Step(uneven(ranks, 3, 5), backward=False)
         yield case(title, step, groups=grouping, checks=("y",))
     step = Step(uneven(ranks, 3, 5))
-    layer = {"process_group": [*everyone[::2], *everyone[1::2]]}
+    layer = {"process_group": [*all_ranks[::2], *all_ranks[1::2]]}
     yield case("a list of all rank ids", step, step, layer=layer, checks=("y", *MOVED))
     if ranks > 1:
-        half = everyone[ranks // 2 :]
+        half = all_ranks[ranks // 2 :]
         layer = {"process_group": [*half]}
         title = "a list of half of the rank ids"
         yield case(title, step, step, layer=layer, groups=(half,), checks=("y", *MOVED))
     if ranks > 2:
-        one, two = (everyone[:1], everyone[1:]), (everyone[:2], everyone[2:])
-        first, then = Step(uneven(ranks, 3, 5)), Step(uneven(ranks, 3, 5), groups=two)
-        yield case("groups change", first, then, groups=one, checks=("y", *MOVED))
+        before, after = (all_ranks[:1], all_ranks[1:]), (all_ranks[:2], all_ranks[2:])
+        first, then = Step(uneven(ranks, 3, 5)), Step(uneven(ranks, 3, 5), groups=after)
+        yield case("groups change", first, then, groups=before, checks=("y", *MOVED))
 
 
-@asks("FWD-6")
+@cases_of("FWD-6")
 def partitions(ranks: int) -> Iterator[Draft]:
     total = 6 * ranks
     skewed = [1] * (ranks - 1) + [total - ranks + 1]
@@ -110,18 +110,18 @@ def partitions(ranks: int) -> Iterator[Draft]:
         shapes = tuple((batch, 3, 4) for batch in batches)
         step = Step(shapes, x=Data(shared=True, ratio=10.0))
         yield case(title, step, checks=("y", "grad_input"))
-    steps = Step(uneven(ranks, 3, 40, 40)), Step(ragged(ranks, 3))
+    steps = Step(uneven(ranks, 3, 40, 40)), Step(varied(ranks, 3))
     yield case("the same twice", *steps, checks=("repeatable",))
 
 
-@asks("FWD-7")
+@cases_of("FWD-7")
 def layouts(ranks: int) -> Iterator[Draft]:
     for spatial in ((5,), (5, 4), (3, 4, 2)):
         for layout in ("channels_last", "permuted", "sliced", "expanded"):
             step = Step(uneven(ranks, 3, *spatial), layout=layout, backward=False)
             yield case(f"{layout}, {len(spatial) + 2} dimensions", step, checks=("y",))
     mixed = tuple(("contiguous", "channels_last", "sliced")[rank % 3] for rank in range(ranks))
-    step = Step(ragged(ranks, 3), layout=mixed, backward=False)
+    step = Step(varied(ranks, 3), layout=mixed, backward=False)
     yield case("a different layout on each rank", step, checks=("y",))
     for channels in (63, 65, 96, 257):
         shapes = ((1, channels, 104, 100), *even(ranks - 1, 2, channels, 3, 5))
@@ -130,7 +130,7 @@ def layouts(ranks: int) -> Iterator[Draft]:
         yield case(f"channels_last, {channels} channels", step, layer=layer, checks=("y",))
 
 
-@asks("FWD-8")
+@cases_of("FWD-8")
 def contexts(ranks: int) -> Iterator[Draft]:
     shapes = uneven(ranks, 3, 4)
     checks = ("y", *MOVED, "format")

@@ -10,20 +10,20 @@ from syncbn.conformance.cases.build import (
     GRADIENTS,
     Draft,
     Shapes,
-    asks,
     case,
+    cases_of,
     empty_patterns,
     even,
     groupings,
-    holes,
-    ragged,
     uneven,
+    varied,
+    with_empty,
 )
 
 
-@asks("GRAD-1")
+@cases_of("GRAD-1")
 def input_gradients(ranks: int) -> Iterator[Draft]:
-    def one(title: str, shapes: Shapes, **fields: Any) -> Draft:
+    def draft(title: str, shapes: Shapes, **fields: Any) -> Draft:
         layer, seed = fields.pop("layer", {}), fields.pop("seed", 0)
         grouping = fields.pop("groups", None)
         return case(
@@ -36,25 +36,25 @@ def input_gradients(ranks: int) -> Iterator[Draft]:
         )
 
     for seed in range(3):
-        yield one(f"uneven images, seed {seed}", uneven(ranks, 3, 5, 4), seed=seed)
-    yield one("even images", even(ranks, 4, 3, 5, 4))
-    yield one("batch and spatial sizes", ragged(ranks, 3))
-    yield one("matrices", uneven(ranks, 3))
-    yield one("volumes", uneven(ranks, 3, 2, 3, 2))
-    yield one("affine=False", uneven(ranks, 3, 5), layer={"affine": False})
-    yield one(
+        yield draft(f"uneven images, seed {seed}", uneven(ranks, 3, 5, 4), seed=seed)
+    yield draft("even images", even(ranks, 4, 3, 5, 4))
+    yield draft("batch and spatial sizes", varied(ranks, 3))
+    yield draft("matrices", uneven(ranks, 3))
+    yield draft("volumes", uneven(ranks, 3, 2, 3, 2))
+    yield draft("affine=False", uneven(ranks, 3, 5), layer={"affine": False})
+    yield draft(
         "track_running_stats=False", uneven(ranks, 3, 5), layer={"track_running_stats": False}
     )
-    yield one("eps=0.1", uneven(ranks, 3, 5), layer={"eps": 0.1})
-    yield one("float64", uneven(ranks, 3, 5), dtype="float64", layer={"dtype": "float64"})
-    yield one("dy of zero sum", uneven(ranks, 3, 40), dy_zero_sum=True)
+    yield draft("eps=0.1", uneven(ranks, 3, 5), layer={"eps": 0.1})
+    yield draft("float64", uneven(ranks, 3, 5), dtype="float64", layer={"dtype": "float64"})
+    yield draft("dy of zero sum", uneven(ranks, 3, 40), dy_zero_sum=True)
     for title, grouping in groupings(ranks):
-        yield one(f"groups: {title}", uneven(ranks, 3, 5), groups=grouping)
+        yield draft(f"groups: {title}", uneven(ranks, 3, 5), groups=grouping)
     kinds = ("contiguous", "channels_last", "permuted", "sliced", "expanded")
     for layout in kinds:
         for dy_layout in kinds:
             if layout != dy_layout:
-                yield one(
+                yield draft(
                     f"x {layout}, dy {dy_layout}",
                     uneven(ranks, 3, 5, 4),
                     layout=layout,
@@ -68,13 +68,13 @@ def input_gradients(ranks: int) -> Iterator[Draft]:
     yield case("two layers in parallel branches", step, step, checks=("y", *GRADIENTS))
 
 
-@asks("GRAD-2")
+@cases_of("GRAD-2")
 def parameter_gradients(ranks: int) -> Iterator[Draft]:
     checks = ("grad_weight", "grad_bias")
     for title, shapes in (
         ("even images", even(ranks, 4, 3, 5, 4)),
         ("uneven images", uneven(ranks, 3, 5, 4)),
-        ("batch and spatial sizes", ragged(ranks, 3)),
+        ("batch and spatial sizes", varied(ranks, 3)),
         ("matrices", uneven(ranks, 3)),
     ):
         yield case(title, Step(shapes), checks=checks)
@@ -89,30 +89,30 @@ def parameter_gradients(ranks: int) -> Iterator[Draft]:
     yield case("averaged by data parallelism", step, ddp=True, checks=checks)
 
 
-@asks("GRAD-3")
+@cases_of("GRAD-3")
 def empty_gradients(ranks: int) -> Iterator[Draft]:
     for title, empty in empty_patterns(ranks):
         for dtype in ("float32", "bfloat16"):
-            step = Step(holes(ranks, empty, 3, 4), dtype=dtype)
+            step = Step(with_empty(ranks, empty, 3, 4), dtype=dtype)
             yield case(f"{title}, {dtype}", step, checks=GRADIENTS)
-    step = Step(holes(ranks, {0}, 3, 4))
+    step = Step(with_empty(ranks, {0}, 3, 4))
     yield case(
         "rank 0 is empty, affine=False", step, layer={"affine": False}, checks=("grad_input",)
     )
 
 
-@asks("GRAD-4")
+@cases_of("GRAD-4")
 def frozen(ranks: int) -> Iterator[Draft]:
-    everyone, shapes = tuple(range(ranks)), uneven(ranks, 3, 5)
+    all_ranks, shapes = tuple(range(ranks)), uneven(ranks, 3, 5)
     patterns: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [
-        ("input frozen", everyone, ()),
-        ("parameters frozen", (), everyone),
+        ("input frozen", all_ranks, ()),
+        ("parameters frozen", (), all_ranks),
     ]
     if ranks > 1:
         patterns += [
             ("input frozen on rank 0", (0,), ()),
             ("parameters frozen on rank 1", (), (1,)),
-            ("input frozen on rank 0, parameters on the others", (0,), everyone[1:]),
+            ("input frozen on rank 0, parameters on the others", (0,), all_ranks[1:]),
         ]
     for title, inputs, parameters in patterns:
         step = Step(shapes, frozen_input=inputs, frozen_parameters=parameters)

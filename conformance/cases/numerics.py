@@ -1,4 +1,4 @@
-"""Numbers at the edge, types, and what goes over the wire: NUM-1 to NUM-4, COMM-1."""
+"""Extreme numbers, dtypes and communication: NUM-1 to NUM-4, COMM-1."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from syncbn.conformance.cases.build import (
     GRADIENTS,
     RUNNING,
     Draft,
-    asks,
     case,
+    cases_of,
     even,
-    holes,
-    ragged,
     uneven,
+    varied,
+    with_empty,
 )
 
 
-@asks("NUM-1")
+@cases_of("NUM-1")
 def numerics(ranks: int) -> Iterator[Draft]:
-    def one(title: str, step: Step, **layer: Any) -> Draft:
+    def draft(title: str, step: Step, **layer: Any) -> Draft:
         return case(title, step, layer={"momentum": 1.0} | layer, checks=ALL)
 
     shapes = tuple((8 + rank, 3, 16, 16) for rank in range(ranks))
@@ -32,55 +32,57 @@ def numerics(ranks: int) -> Iterator[Draft]:
             step = Step(
                 shapes, x=Data(ratio=ratio), layout=layout, dy_layout=layout, dy_zero_sum=True
             )
-            yield one(f"mean/std {ratio:g}, {layout}", step)
-    yield one(
+            yield draft(f"mean/std {ratio:g}, {layout}", step)
+    yield draft(
         "mean/std 1e5, matrices",
         Step(tuple((500 + rank, 3) for rank in range(ranks)), x=Data(ratio=1e5)),
     )
     for scale in (1e-18, 1e-9, 1e9, 1e18):
         step = Step(shapes, x=Data(ratio=1.0, scale=scale))
-        yield one(f"scale {scale:g}", step, eps=0.0)
+        yield draft(f"scale {scale:g}", step, eps=0.0)
     for title, images in (
         ("few images", even(ranks, 2, 3, 32, 32)),
         ("matrices", tuple((300 + rank, 3) for rank in range(ranks))),
     ):
-        yield one(f"scale 1e18, {title}", Step(images, x=Data(scale=1e18)), eps=0.0)
+        yield draft(f"scale 1e18, {title}", Step(images, x=Data(scale=1e18)), eps=0.0)
     for ratio in (0.0, 1e5):
         step = Step(even(ranks, 8, 256, 64), x=Data(ratio, 1e18), paired=True)
-        yield one(f"scale 1e18, mean/std {ratio:g}, 256 channels", step, eps=0.0, num_features=256)
+        yield draft(
+            f"scale 1e18, mean/std {ratio:g}, 256 channels", step, eps=0.0, num_features=256
+        )
     for ratio in (1e3, 1e5):
         step = Step(even(ranks, 40, 3, 5), x=Data(ratio), paired=True)
-        yield one(f"mean/std {ratio:g}, dy orthogonal to x", step)
+        yield draft(f"mean/std {ratio:g}, dy orthogonal to x", step)
     for scale in (1e-4, 1e-6):
-        yield one(f"std {scale:g}, far below sqrt(eps)", Step(shapes, x=Data(10.0, scale)))
-    yield one("constant channels", Step(shapes, x=Data(ratio=1e3, constant=True)))
+        yield draft(f"std {scale:g}, far below sqrt(eps)", Step(shapes, x=Data(10.0, scale)))
+    yield draft("constant channels", Step(shapes, x=Data(ratio=1e3, constant=True)))
     if ranks > 1:
         flat = Step(even(ranks, 4, 3, 5), x=Data(flat=(1,)))
-        yield one("channel 1 constant on each rank", flat, eps=0.0)
+        yield draft("channel 1 constant on each rank", flat, eps=0.0)
     overflow = Step(shapes, x=Data(ratio=1.0, scale=1e30))
     yield case("scale 1e30, where the variance overflows", overflow, checks=("defined",))
     for ratio in (0.0, 1e5):
         step = Step(shapes, dtype="float64", x=Data(ratio=ratio), dy_zero_sum=True)
-        yield one(f"float64, mean/std {ratio:g}", step, dtype="float64")
-    # Roundings of equal values have one sign: whoever adds them one by one shows it here.
+        yield draft(f"float64, mean/std {ratio:g}", step, dtype="float64")
+    # Equal values are all rounded the same way, so the error of adding them one by one shows.
     for dtype in ("float32", "float64"):
         alike = Data(ratio=1.0, flat=(0, 1, 2))
         step = Step(even(ranks, 2, 3, 70, 71), dtype=dtype, x=alike)
-        yield one(f"{dtype}, equal values on each rank", step, dtype=dtype)
+        yield draft(f"{dtype}, equal values on each rank", step, dtype=dtype)
 
 
-@asks("NUM-2")
+@cases_of("NUM-2")
 def halves(ranks: int) -> Iterator[Draft]:
     for dtype in ("float16", "bfloat16"):
         for parameters in ("float32", dtype):
             for title, shapes, layout in (
-                ("images", ragged(ranks, 3), "contiguous"),
+                ("images", varied(ranks, 3), "contiguous"),
                 ("channels_last", uneven(ranks, 3, 16, 16), "channels_last"),
                 ("matrices", uneven(ranks, 3), "contiguous"),
                 ("many values", even(ranks, 16, 3, 40, 40), "contiguous"),
             ):
                 step = Step(shapes, dtype=dtype, x=Data(ratio=3.0), layout=layout)
-                # Or grad_weight, of so many values, would be beyond float16.
+                # dy sums to 0, or grad_weight of so many values would exceed float16.
                 evaluate = Step(shapes, dtype=dtype, mode="eval", layout=layout, dy_zero_sum=True)
                 yield case(
                     f"{dtype}, parameters {parameters}, {title}",
@@ -89,12 +91,12 @@ def halves(ranks: int) -> Iterator[Draft]:
                     layer={"dtype": parameters},
                     checks=(*ALL, "format"),
                 )
-    if ranks > 1:  # the mean of dy grows with the rank
+    if ranks > 1:  # on one rank the mean of dy is too small
         step = Step((*even(ranks - 1, 1, 1, 5), (1, 1, 800_000)), dtype="float16")
         yield case("sums of dy beyond 65504", step, layer={"num_features": 1}, checks=ALL)
 
 
-@asks("NUM-3")
+@cases_of("NUM-3")
 def counts(ranks: int) -> Iterator[Draft]:
     for dtype in ("float32", "float16", "bfloat16"):
         for count in (2049, 65521):
@@ -117,7 +119,7 @@ def counts(ranks: int) -> Iterator[Draft]:
     )
 
 
-@asks("NUM-4")
+@cases_of("NUM-4")
 def poison(ranks: int) -> Iterator[Draft]:
     for value in ("nan", "inf"):
         for mode in ("train", "eval"):
@@ -130,16 +132,16 @@ def poison(ranks: int) -> Iterator[Draft]:
             )
 
 
-@asks("COMM-1")
+@cases_of("COMM-1")
 def collectives(ranks: int) -> Iterator[Draft]:
     train = Step(uneven(ranks, 3, 4))
     evaluate = Step(uneven(ranks, 3, 4), mode="eval")
     for layer in ({}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}):
         title = ", ".join(f"{name}={value}" for name, value in layer.items()) or "defaults"
         yield case(title, train, evaluate, layer=layer, checks=("collectives",))
-    step = Step(holes(ranks, {0}, 3, 4))
+    step = Step(with_empty(ranks, {0}, 3, 4))
     yield case("rank 0 is empty", step, checks=("collectives",))
-    # Communicators are counted after each step, not between repetitions.
+    # Communicators are counted after each step, not after each repetition.
     forward = replace(train, backward=False)
     checks = ("communicators", "running_mean")
     many = replace(forward, repeat=199)

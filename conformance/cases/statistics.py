@@ -10,17 +10,17 @@ from syncbn.conformance.cases.build import (
     GRADIENTS,
     MOVED,
     Draft,
-    asks,
     case,
+    cases_of,
     even,
     groupings,
-    holes,
-    ragged,
     uneven,
+    varied,
+    with_empty,
 )
 
 
-@asks("STAT-1")
+@cases_of("STAT-1")
 def running_mean(ranks: int) -> Iterator[Draft]:
     for momentum in (0.1, 0.0, 1.0, 0.35, 0, 1):
         yield case(
@@ -31,12 +31,12 @@ def running_mean(ranks: int) -> Iterator[Draft]:
         )
 
 
-@asks("STAT-2")
+@cases_of("STAT-2")
 def running_var(ranks: int) -> Iterator[Draft]:
     for title, shapes in (
         ("even shards", even(ranks, 2, 3, 2)),
         ("uneven shards", uneven(ranks, 3, 2)),
-        ("batch and spatial sizes", ragged(ranks, 3)),
+        ("batch and spatial sizes", varied(ranks, 3)),
         ("few values", even(ranks, 2 if ranks == 1 else 1, 3)),
     ):
         step = Step(shapes, backward=False)
@@ -48,7 +48,7 @@ def running_var(ranks: int) -> Iterator[Draft]:
             yield case(f"groups: {title}", step, groups=grouping, checks=("running_var",))
 
 
-@asks("STAT-3")
+@cases_of("STAT-3")
 def agreement(ranks: int) -> Iterator[Draft]:
     if ranks < 2:
         return
@@ -59,13 +59,13 @@ def agreement(ranks: int) -> Iterator[Draft]:
         )
     for dtype in ("float16", "bfloat16", "float64"):
         yield case(dtype, *_three(ranks, dtype=dtype), layer={"dtype": dtype}, checks=checks)
-    step = Step(holes(ranks, {0}, 3, 4), backward=False)
+    step = Step(with_empty(ranks, {0}, 3, 4), backward=False)
     yield case("rank 0 is empty", step, step, checks=checks)
     for title, grouping in groupings(ranks):
         yield case(f"groups: {title}", *_three(ranks), groups=grouping, checks=checks)
 
 
-@asks("STAT-4")
+@cases_of("STAT-4")
 def cumulative(ranks: int) -> Iterator[Draft]:
     layer = {"momentum": None}
     checks = ("running_mean",)
@@ -77,7 +77,7 @@ def cumulative(ranks: int) -> Iterator[Draft]:
     )
 
 
-@asks("STAT-5")
+@cases_of("STAT-5")
 def batches_tracked(ranks: int) -> Iterator[Draft]:
     evaluation = Step(uneven(ranks, 3, 4), mode="eval", backward=False)
     for momentum in (0.1, 0.0, None):
@@ -90,7 +90,7 @@ def batches_tracked(ranks: int) -> Iterator[Draft]:
         )
 
 
-@asks("STAT-6")
+@cases_of("STAT-6")
 def unchanged(ranks: int) -> Iterator[Draft]:
     train = Step(uneven(ranks, 3, 4), backward=False)
     evaluation = Step(uneven(ranks, 3, 4), mode="eval")
@@ -100,14 +100,14 @@ def unchanged(ranks: int) -> Iterator[Draft]:
     yield case("a group without data comes first", empty, train, checks=MOVED)
 
 
-@asks("STAT-7")
+@cases_of("STAT-7")
 def repeated(ranks: int) -> Iterator[Draft]:
     step = Step(uneven(ranks, 3, 4), recompute=True)
     yield case(
         "a recomputed forward counts twice, gradients once", step, step, checks=(*GRADIENTS, *MOVED)
     )
-    everyone = tuple(range(ranks))
-    aborted = Step(even(ranks, 2, 4, 5), error=ExpectedError("ValueError", everyone))
+    all_ranks = tuple(range(ranks))
+    aborted = Step(even(ranks, 2, 4, 5), error=ExpectedError("ValueError", all_ranks))
     good = Step(uneven(ranks, 3, 4))
     yield case("an aborted step changes nothing", good, aborted, good, checks=("y", *MOVED))
 
@@ -115,6 +115,6 @@ def repeated(ranks: int) -> Iterator[Draft]:
 def _three(ranks: int, **fields: Any) -> tuple[Step, Step, Step]:
     """Three training steps of different sizes."""
     matrices = tuple((2 + rank % 3, 3) for rank in range(ranks))
-    shapes = (uneven(ranks, 3, 4), matrices, ragged(ranks, 3))
-    one, two, three = (Step(shape, backward=False, **fields) for shape in shapes)
-    return one, two, three
+    shapes = (uneven(ranks, 3, 4), matrices, varied(ranks, 3))
+    first, second, third = (Step(shape, backward=False, **fields) for shape in shapes)
+    return first, second, third

@@ -1,6 +1,6 @@
 """Sweeps, which only the profile `full` has: every combination of what may matter to a clause.
 
-Tensors are small: what a sweep can find shows in a few values, and there are many combinations.
+Tensors are small, because there are many combinations and a few values show what a sweep finds.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from syncbn.conformance.cases.build import (
     empty_patterns,
     even,
     groupings,
-    holes,
     products,
-    ragged,
-    sweeps,
+    sweep_of,
     titled,
     uneven,
+    varied,
+    with_empty,
 )
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -37,13 +37,13 @@ _LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced", "expanded")
 _MOMENTA = (0.0, 0.1, 0.35, 1.0, None)
 
 
-@sweeps("FWD-1")
+@sweep_of("FWD-1")
 def channels(ranks: int) -> Iterator[Draft]:
     for title, layer, step in _channels(ranks):
         yield case(title, replace(step, backward=False), layer=layer, checks=("y",))
 
 
-@sweeps("FWD-2")
+@sweep_of("FWD-2")
 def dimensions(ranks: int) -> Iterator[Draft]:
     for chosen in products(
         spatial=_SPATIAL, layout=_LAYOUTS, dtype=_DTYPES, mode=("train", "eval")
@@ -60,7 +60,7 @@ def dimensions(ranks: int) -> Iterator[Draft]:
         yield case(titled(**chosen), step, layer={"dtype": chosen["dtype"]}, checks=checks)
 
 
-@sweeps("FWD-3")
+@sweep_of("FWD-3")
 def random_shards(ranks: int) -> Iterator[Draft]:
     draw = np.random.default_rng(3)
     for dims, dtype, trial in product(range(4), ("float32", "float16"), range(6)):
@@ -74,11 +74,11 @@ def random_shards(ranks: int) -> Iterator[Draft]:
             yield case(title, step, checks=("y",))
 
 
-@sweeps("FWD-4")
+@sweep_of("FWD-4")
 def empty_shards(ranks: int) -> Iterator[Draft]:
     for pattern, dtype, spatial in product(empty_patterns(ranks), _DTYPES, _SPATIAL):
         title, empty = pattern
-        step = Step(holes(ranks, empty, 3, *spatial), dtype=dtype, backward=False)
+        step = Step(with_empty(ranks, empty, 3, *spatial), dtype=dtype, backward=False)
         layer = {"dtype": dtype}
         yield case(
             f"{title}, {titled(dtype=dtype, spatial=spatial)}",
@@ -88,13 +88,13 @@ def empty_shards(ranks: int) -> Iterator[Draft]:
         )
 
 
-@sweeps("FWD-5")
+@sweep_of("FWD-5")
 def groups(ranks: int) -> Iterator[Draft]:
     for title, grouping, step in _groups(ranks):
         yield case(title, step, step, groups=grouping, checks=("y", "running_mean"))
 
 
-@sweeps("FWD-6")
+@sweep_of("FWD-6")
 def cuts(ranks: int) -> Iterator[Draft]:
     draw = np.random.default_rng(6)
     total = 6 * ranks
@@ -107,18 +107,18 @@ def cuts(ranks: int) -> Iterator[Draft]:
         yield case(title, step, seed=trial, checks=("y", "grad_input"))
 
 
-@sweeps("FWD-7")
+@sweep_of("FWD-7")
 def layouts_of_ranks(ranks: int) -> Iterator[Draft]:
-    for one, other, spatial in product(_LAYOUTS, _LAYOUTS, ((5,), (5, 4), (3, 4, 2))):
-        layout = tuple((one, other)[rank % 2] for rank in range(ranks))
+    for even_rank, odd_rank, spatial in product(_LAYOUTS, _LAYOUTS, ((5,), (5, 4), (3, 4, 2))):
+        layout = tuple((even_rank, odd_rank)[rank % 2] for rank in range(ranks))
         shapes = even(ranks, 2, 3, *spatial)
-        if one != other and ranks > 1:
+        if even_rank != odd_rank and ranks > 1:
             step = Step(shapes, layout=layout, dy_layout=layout[::-1])
-            title = titled(even_ranks=one, odd_ranks=other, spatial=spatial)
+            title = titled(even_ranks=even_rank, odd_ranks=odd_rank, spatial=spatial)
             yield case(title, step, checks=("y", *GRADIENTS))
 
 
-@sweeps("GRAD-1")
+@sweep_of("GRAD-1")
 def input_gradients(ranks: int) -> Iterator[Draft]:
     checks = ("grad_input", "grad_format")
     for title, layer, step in _gradient_layouts(ranks):
@@ -129,7 +129,7 @@ def input_gradients(ranks: int) -> Iterator[Draft]:
         yield case(title, step, groups=grouping, checks=checks)
 
 
-@sweeps("GRAD-2")
+@sweep_of("GRAD-2")
 def parameter_gradients(ranks: int) -> Iterator[Draft]:
     checks = ("grad_weight", "grad_bias")
     for title, layer, step in _gradient_layouts(ranks):
@@ -137,16 +137,16 @@ def parameter_gradients(ranks: int) -> Iterator[Draft]:
     for dtype, spatial, empty in product(
         ("float32", "float64"), ((5,), (5, 4)), (set[int](), {0}, {ranks - 1})
     ):
-        step = Step(holes(ranks, empty, 3, *spatial), dtype=dtype)
+        step = Step(with_empty(ranks, empty, 3, *spatial), dtype=dtype)
         title = f"data parallel, {titled(dtype=dtype, spatial=spatial, empty=sorted(empty))}"
         yield case(title, step, step, layer={"dtype": dtype}, ddp=True, checks=checks)
 
 
-@sweeps("GRAD-3")
+@sweep_of("GRAD-3")
 def empty_gradients(ranks: int) -> Iterator[Draft]:
     for pattern, dtype, spatial in product(empty_patterns(ranks), _DTYPES, _SPATIAL[1:]):
         title, empty = pattern
-        step = Step(holes(ranks, empty, 3, *spatial), dtype=dtype)
+        step = Step(with_empty(ranks, empty, 3, *spatial), dtype=dtype)
         yield case(
             f"{title}, {titled(dtype=dtype, spatial=spatial)}",
             step,
@@ -155,7 +155,7 @@ def empty_gradients(ranks: int) -> Iterator[Draft]:
         )
 
 
-@sweeps("GRAD-4")
+@sweep_of("GRAD-4")
 def frozen(ranks: int) -> Iterator[Draft]:
     """Every way in which each rank freezes its input, its parameters or nothing."""
     for choice in product(("nothing", "input", "parameters"), repeat=min(ranks, 4)):
@@ -168,14 +168,14 @@ def frozen(ranks: int) -> Iterator[Draft]:
         yield case(f"frozen: {', '.join(choice)}", step, checks=GRADIENTS)
 
 
-@sweeps("ERR-9")
+@sweep_of("ERR-9")
 def faults(ranks: int) -> Iterator[Draft]:
     if ranks < 2:
         return
     good = Step(uneven(ranks, 3, 4))
     shapes = {"2 channels": (2, 2, 4), "no channel": (2, 0, 4), "1 dimension": (3,)}
     for at, (what, shape) in product(range(ranks), shapes.items()):
-        wrong = tuple(shape if rank == at else one for rank, one in enumerate(good.shapes))
+        wrong = tuple(shape if rank == at else fine for rank, fine in enumerate(good.shapes))
         bad = Step(wrong, error=ExpectedError("ValueError", (at,)))
         yield case(f"rank {at}: {what}", bad, good, bad, checks=("y", *MOVED))
     for at, dtype in product(range(ranks), ("int32", "float64")):
@@ -184,20 +184,20 @@ def faults(ranks: int) -> Iterator[Draft]:
         yield case(f"rank {at}: {dtype}", bad, good, checks=("y", *MOVED))
 
 
-@sweeps("STAT-1")
+@sweep_of("STAT-1")
 def moving(ranks: int) -> Iterator[Draft]:
     for chosen in products(
         momentum=_MOMENTA[:-1], affine=(True, False), dtype=_DTYPES, repeat=(1, 3)
     ):
         steps = (
             Step(shapes, dtype=chosen["dtype"], backward=False, repeat=chosen["repeat"])
-            for shapes in (uneven(ranks, 3, 4), ragged(ranks, 3))
+            for shapes in (uneven(ranks, 3, 4), varied(ranks, 3))
         )
         layer = {name: chosen[name] for name in ("momentum", "affine", "dtype")}
         yield case(titled(**chosen), *steps, layer=layer, checks=("running_mean",))
 
 
-@sweeps("STAT-2")
+@sweep_of("STAT-2")
 def few_values(ranks: int) -> Iterator[Draft]:
     """Few values, where n - 1 and n are far apart."""
     for batches in product((1, 2, 3), repeat=min(ranks, 3)):
@@ -208,13 +208,13 @@ def few_values(ranks: int) -> Iterator[Draft]:
             yield case(title, step, layer={"momentum": 1.0}, checks=("running_var",))
 
 
-@sweeps("STAT-3")
+@sweep_of("STAT-3")
 def agreement(ranks: int) -> Iterator[Draft]:
     for grouping, dtype, momentum in product(groupings(ranks), _DTYPES, (0.1, None)):
         title, ranks_of_groups = grouping
         steps = (
             Step(shapes, dtype=dtype, backward=False)
-            for shapes in (uneven(ranks, 3, 4), ragged(ranks, 3), holes(ranks, {0}, 3, 7))
+            for shapes in (uneven(ranks, 3, 4), varied(ranks, 3), with_empty(ranks, {0}, 3, 7))
         )
         yield case(
             f"{title}, {titled(dtype=dtype, momentum=momentum)}",
@@ -225,17 +225,17 @@ def agreement(ranks: int) -> Iterator[Draft]:
         )
 
 
-@sweeps("STAT-4")
+@sweep_of("STAT-4")
 def cumulative(ranks: int) -> Iterator[Draft]:
     for dtype, repeat, reload in product(_DTYPES, (1, 2, 5), (False, True)):
         first = Step(uneven(ranks, 3, 4), dtype=dtype, backward=False, repeat=repeat)
-        second = Step(ragged(ranks, 3), dtype=dtype, backward=False, reload=reload)
+        second = Step(varied(ranks, 3), dtype=dtype, backward=False, reload=reload)
         layer = {"momentum": None, "dtype": dtype}
         title = titled(dtype=dtype, repeat=repeat, reload=reload)
         yield case(title, first, second, layer=layer, checks=("running_mean",))
 
 
-@sweeps("STAT-6")
+@sweep_of("STAT-6")
 def sequences(ranks: int) -> Iterator[Draft]:
     """Every sequence of three steps that train, evaluate or have no data."""
     kinds = {
@@ -252,7 +252,7 @@ def sequences(ranks: int) -> Iterator[Draft]:
         )
 
 
-@sweeps("STAT-7")
+@sweep_of("STAT-7")
 def recomputed(ranks: int) -> Iterator[Draft]:
     for grouping, dtype, momentum in product(
         groupings(ranks), ("float32", "bfloat16"), (0.1, None)
@@ -269,7 +269,7 @@ def recomputed(ranks: int) -> Iterator[Draft]:
         )
 
 
-@sweeps("CTOR-5")
+@sweep_of("CTOR-5")
 def reloaded(ranks: int) -> Iterator[Draft]:
     """A checkpoint goes into a new layer before one of four steps."""
     for at, dtype, momentum in product(range(1, 4), _DTYPES, (0.1, None)):
@@ -279,7 +279,7 @@ def reloaded(ranks: int) -> Iterator[Draft]:
         yield case(title, *steps, layer=layer, checks=("y", *MOVED))
 
 
-@sweeps("EVAL-1")
+@sweep_of("EVAL-1")
 def evaluation(ranks: int) -> Iterator[Draft]:
     for chosen in products(spatial=_SPATIAL, layout=_LAYOUTS, dtype=_DTYPES, affine=(True, False)):
         step = Step(
@@ -293,7 +293,7 @@ def evaluation(ranks: int) -> Iterator[Draft]:
         yield case(titled(**chosen), step, layer=layer, checks=("y", "format"))
 
 
-@sweeps("EVAL-2")
+@sweep_of("EVAL-2")
 def absent_ranks(ranks: int) -> Iterator[Draft]:
     """Every choice of the ranks that evaluate."""
     sizes = range(1, min(ranks, 5) + 1)
@@ -308,7 +308,7 @@ def absent_ranks(ranks: int) -> Iterator[Draft]:
             )
 
 
-@sweeps("EVAL-3")
+@sweep_of("EVAL-3")
 def eval_gradients(ranks: int) -> Iterator[Draft]:
     for layout, dy_layout, spatial, dtype in product(
         _LAYOUTS, _LAYOUTS, ((), (5, 4)), ("float32", "bfloat16")
@@ -324,7 +324,7 @@ def eval_gradients(ranks: int) -> Iterator[Draft]:
         yield case(title, step, checks=(*GRADIENTS, "grad_format"))
 
 
-@sweeps("TRACK-1")
+@sweep_of("TRACK-1")
 def untracked_training(ranks: int) -> Iterator[Draft]:
     for chosen in products(
         affine=(True, False), spatial=_SPATIAL[1:], dtype=_DTYPES, layout=_LAYOUTS[:3]
@@ -332,7 +332,7 @@ def untracked_training(ranks: int) -> Iterator[Draft]:
         yield _untracked(ranks, "train", ("y", *GRADIENTS, *MOVED), chosen)
 
 
-@sweeps("TRACK-2")
+@sweep_of("TRACK-2")
 def untracked_eval(ranks: int) -> Iterator[Draft]:
     for chosen in products(
         affine=(True, False), spatial=_SPATIAL[1:], dtype=_DTYPES, layout=_LAYOUTS[:3]
@@ -340,7 +340,7 @@ def untracked_eval(ranks: int) -> Iterator[Draft]:
         yield _untracked(ranks, "eval", ("y", *GRADIENTS), chosen)
 
 
-@sweeps("NUM-1")
+@sweep_of("NUM-1")
 def offsets_and_scales(ranks: int) -> Iterator[Draft]:
     shapes: dict[str, Shapes] = {
         "images": tuple((3 + rank, 3, 8, 8) for rank in range(ranks)),
@@ -362,7 +362,7 @@ def offsets_and_scales(ranks: int) -> Iterator[Draft]:
         yield case(title, step, layer={"momentum": 1.0, "dtype": dtype}, checks=ALL)
 
 
-@sweeps("NUM-2")
+@sweep_of("NUM-2")
 def halves(ranks: int) -> Iterator[Draft]:
     for chosen in products(
         dtype=("float16", "bfloat16"),
@@ -382,7 +382,7 @@ def halves(ranks: int) -> Iterator[Draft]:
         yield case(titled(**chosen), step, layer={"dtype": parameters}, checks=ALL)
 
 
-@sweeps("NUM-3")
+@sweep_of("NUM-3")
 def counts(ranks: int) -> Iterator[Draft]:
     for count, dtype in product(
         (255, 256, 257, 2047, 2048, 2050, 4097, 65503, 65504, 65537),
@@ -394,7 +394,7 @@ def counts(ranks: int) -> Iterator[Draft]:
         yield case(f"{count} values on the last rank, {dtype}", step, layer=layer, checks=ALL)
 
 
-@sweeps("NUM-4")
+@sweep_of("NUM-4")
 def poison(ranks: int) -> Iterator[Draft]:
     for value, rank, channel, mode, dtype in product(
         ("nan", "inf", "-inf"), range(ranks), range(3), ("train", "eval"), ("float32", "bfloat16")
@@ -425,7 +425,7 @@ def _groups(ranks: int) -> Iterator[tuple[str, Groups, Step]]:
         groupings(ranks), empties, _SPATIAL[1:4], ("float32", "float16")
     ):
         title, groups = grouping
-        step = Step(holes(ranks, empty, 3, *spatial), dtype=dtype)
+        step = Step(with_empty(ranks, empty, 3, *spatial), dtype=dtype)
         chosen = titled(empty=sorted(empty), spatial=spatial, dtype=dtype)
         yield f"{title}, {chosen}", groups, step
 
