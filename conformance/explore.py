@@ -1,7 +1,7 @@
-"""Exploration: cases that nobody thought of, drawn until time is up or one of them fails.
+"""Exploration: random cases, drawn until one fails or time is up.
 
-What failed is made as simple as it gets, stripped to the check that fails, and kept as a case
-document, which replays without any of this. conformance.sequences says what is drawn.
+A failing case is made as simple as possible, reduced to the check that fails, and kept as a case
+document, which replays without Hypothesis. syncbn.conformance.sequences draws the cases.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from syncbn.conformance.pool import RankPool
 from syncbn.conformance.verdict import Verdict, judge, judgeable
 from syncbn.reports.table import replay_command
 
-# Cases that share a seed. After so many, Hypothesis would begin to repeat itself in variations.
+# The number of cases with the same seed. With more, Hypothesis begins to vary earlier cases.
 _BATCH = 10
 _SHRINK_SECONDS = 120.0
 _FAILING = ("fail", "hang", "crash")
@@ -40,7 +40,12 @@ class ExploreError(ConformanceError, RuntimeError):
 
 @dataclass(frozen=True)
 class Finding:
-    """The simplest case that failed, the file that keeps it, and its verdict when run again."""
+    """A case that failed, made as simple as possible.
+
+    path: the file that keeps it.
+    verdict: the verdict that it failed with.
+    again: the verdict when it was run once more.
+    """
 
     case: Case
     path: Path
@@ -50,11 +55,14 @@ class Finding:
 
 @dataclass
 class Exploration:
-    """What was asked, and the finding that ended it, if any.
+    """What was run, and the finding that ended it.
 
-    verdicts counts those of the cases; not-run are those that cannot be judged.
-    drawn counts what the cases held, by subject and value. seed is that of the last batch.
-    left_out: why, by dtype, those that the target does not support.
+    seed: of the last batch.
+    seconds: how long it took.
+    verdicts: how many cases had each verdict; "not-run" is a case that cannot be judged.
+    drawn: how many cases had a property, by subject and value.
+    left_out: the dtypes that the target does not support, and why.
+    finding: the case that failed; None if none did.
     """
 
     seed: int
@@ -66,11 +74,11 @@ class Exploration:
 
 
 class _Failed(Exception):
-    """A case has failed: Hypothesis is to look for a simpler one."""
+    """A case failed, and Hypothesis must look for a simpler one."""
 
 
 class _TimeIsOver(BaseException):
-    """Hypothesis is to stop looking; it catches mere exceptions."""
+    """Hypothesis must stop. It is no Exception, because Hypothesis catches those."""
 
 
 def explore(
@@ -78,14 +86,14 @@ def explore(
     minutes: float,
     seed: int | None = None,
     folder: Path = REGRESSIONS,
-    progress: Callable[[Exploration], None] = lambda found: None,
+    progress: Callable[[Exploration], None] = lambda exploration: None,
 ) -> Exploration:
-    """Ask batches of drawn cases until one fails or the minutes are over, but at least one batch.
+    """Run batches of random cases until one fails or the time is over, but at least one batch.
 
     Args:
-        pool: the ranks that are asked, started, so that a target that cannot be used is known.
-        minutes: after which no new batch begins. A finding is made simpler for 2 more at most.
-        seed: of the first batch; each batch adds 1. None for a random one.
+        pool: the ranks, already started.
+        minutes: after which no new batch begins. Simplifying a finding takes 2 more at most.
+        seed: of the first batch; each batch adds 1. None draws one.
         folder: where a finding is kept, as ID.json.
         progress: called after each batch.
 
@@ -98,73 +106,75 @@ def explore(
         raise ExploreError(
             f"Hypothesis draws the cases: pip install hypothesis ({error})"
         ) from error
-    found = Exploration(secrets.randbelow(10**6) if seed is None else seed)
-    found.left_out = _unsupported(pool, sequences.DTYPES[1:])
-    dtypes = [dtype for dtype in sequences.DTYPES if dtype not in found.left_out]
-    asker = _Asker(pool, found)
+    exploration = Exploration(secrets.randbelow(10**6) if seed is None else seed)
+    exploration.left_out = _unsupported(pool, sequences.DTYPES[1:])
+    dtypes = [dtype for dtype in sequences.DTYPES if dtype not in exploration.left_out]
+    search = _Search(pool, exploration)
     start = time.monotonic()
     while True:
         try:
-            sequences.explore(pool.ranks, asker, found.seed, _BATCH, dtypes)
+            sequences.explore(pool.ranks, search, exploration.seed, _BATCH, dtypes)
         except (_Failed, _TimeIsOver):
-            found.finding = _keep(pool, *asker.simplest, folder)
-        found.seconds = time.monotonic() - start
-        progress(found)
-        if found.finding or found.seconds >= 60 * minutes:
-            return found
-        found.seed += 1
+            exploration.finding = _keep(pool, *search.simplest, folder)
+        exploration.seconds = time.monotonic() - start
+        progress(exploration)
+        if exploration.finding or exploration.seconds >= 60 * minutes:
+            return exploration
+        exploration.seed += 1
 
 
-def show(found: Exploration, pool: RankPool, console: Console) -> None:
-    """Print what was drawn, what came of it, and how to replay the finding."""
+def show(exploration: Exploration, pool: RankPool, console: Console) -> None:
+    """Print what was drawn, the verdicts, and the command that replays the finding."""
 
     def line(text: str, style: str = "") -> None:
         console.print(Text(text, style), soft_wrap=True)
 
-    for subject in sorted({subject for subject, _ in found.drawn}):
-        counts = [(value, n) for (its, value), n in found.drawn.most_common() if its == subject]
+    drawn = exploration.drawn
+    for subject in sorted({subject for subject, _ in drawn}):
+        counts = [(value, n) for (its, value), n in drawn.most_common() if its == subject]
         line(f"{subject:<20}" + ", ".join(f"{value} {n}" for value, n in counts))
-    for dtype, reason in found.left_out.items():
+    for dtype, reason in exploration.left_out.items():
         line(f"left out: {dtype}, {reason}")
-    cases = sum(found.verdicts.values())
-    verdicts = ", ".join(f"{verdict} {n}" for verdict, n in found.verdicts.most_common())
+    cases = sum(exploration.verdicts.values())
+    verdicts = ", ".join(f"{verdict} {n}" for verdict, n in exploration.verdicts.most_common())
     line(
-        f"{cases} cases on {pool.ranks} ranks in {found.seconds:.0f} s "
-        f"({cases / found.seconds:.1f} a second), up to seed {found.seed}: {verdicts}"
+        f"{cases} cases on {pool.ranks} ranks in {exploration.seconds:.0f} s "
+        f"({cases / exploration.seconds:.1f} a second), up to seed {exploration.seed}: {verdicts}"
     )
-    if found.finding is None:
+    finding = exploration.finding
+    if finding is None:
         line("nothing found", "green")
         return
-    case, verdict, again = found.finding.case, found.finding.verdict, found.finding.again
+    case, verdict = finding.case, finding.verdict
     line(f"{verdict.verdict} of {case.clause}, {case.title}: {verdict.message}", "bold red")
-    if again.verdict != verdict.verdict:
-        line(f"but {again.verdict} when it was run once more", "yellow")
+    if finding.again.verdict != verdict.verdict:
+        line(f"but {finding.again.verdict} when it was run once more", "yellow")
     run = {"target": pool.target.document, "launcher": pool.launcher, "ranks": pool.ranks}
-    line(replay_command(run, {"id": os.path.relpath(found.finding.path)}), "cyan")
+    line(replay_command(run, {"id": os.path.relpath(finding.path)}), "cyan")
 
 
 def _unsupported(pool: RankPool, dtypes: Sequence[str]) -> dict[str, str]:
-    """Why, by dtype, a layer of it with an input of it cannot be asked."""
+    """The dtypes that the target does not support for a layer and its input, and why."""
     reasons = {}
     for dtype in dtypes:
         step = Step(((2, 3),) * pool.ranks, mode="eval", dtype=dtype, backward=False)
         case = Case("EVAL-1", dtype, pool.ranks, {"num_features": 3, "dtype": dtype}, (step,))
-        verdict = _ask(pool, case)
+        verdict = _judge(pool, case)
         if verdict.verdict == "unsupported":
             reasons[dtype] = verdict.message or ""
     return reasons
 
 
-class _Asker:
-    """Asks cases of a pool, and raises _Failed if one fails.
+class _Search:
+    """Runs cases, and raises _Failed if one fails.
 
-    From the first that fails on, only those count that fail alike in the same check.
+    After the first failure, only cases count that fail in the same way in the same check.
     """
 
-    def __init__(self, pool: RankPool, found: Exploration) -> None:
+    def __init__(self, pool: RankPool, exploration: Exploration) -> None:
         self.pool = pool
-        self.found = found
-        self.known: dict[str, Verdict] = {}  # by id, so that nobody waits for the same hang twice
+        self.exploration = exploration
+        self.known: dict[str, Verdict] = {}  # by id, so that the same hang costs time only once
         self.failed: list[tuple[Case, Verdict]] = []
         self.checks: tuple[str, ...] = tuple(CHECKS)
         self.until = math.inf
@@ -174,8 +184,8 @@ class _Asker:
             new = case.id not in self.known
             verdict = self._verdict(case)
             if new:
-                self.found.verdicts[verdict.verdict] += 1
-                self.found.drawn.update(set(_content(case)))
+                self.exploration.verdicts[verdict.verdict] += 1
+                self.exploration.drawn.update(set(_content(case)))
             if verdict.verdict not in _FAILING:
                 return
             self.checks = self._failing_checks(case, verdict)
@@ -185,29 +195,29 @@ class _Asker:
             raise _TimeIsOver
         case = _with_checks(case, self.checks)
         verdict = self._verdict(case)
-        if _alike(verdict, self.failed[0][1]):
+        if _same_kind(verdict, self.failed[0][1]):
             self.failed.append((case, verdict))
             raise _Failed
 
     @property
     def simplest(self) -> tuple[Case, Verdict]:
         """The shortest case that failed."""
-        return min(self.failed, key=lambda one: len(json.dumps(one[0].document)))
+        return min(self.failed, key=lambda failed: len(json.dumps(failed[0].document)))
 
     def _failing_checks(self, case: Case, verdict: Verdict) -> tuple[str, ...]:
-        """None if the case fails without any check; or the first one in which it fails."""
+        """The first check that fails alone; none if the case fails without any check."""
         for checks in ((), *((check,) for check in case.checks)):
-            if _alike(self._verdict(_with_checks(case, checks)), verdict):
+            if _same_kind(self._verdict(_with_checks(case, checks)), verdict):
                 return checks
         return case.checks
 
     def _verdict(self, case: Case) -> Verdict:
         if case.id not in self.known:
-            self.known[case.id] = _ask(self.pool, case)
+            self.known[case.id] = _judge(self.pool, case)
         return self.known[case.id]
 
 
-def _ask(pool: RankPool, case: Case) -> Verdict:
+def _judge(pool: RankPool, case: Case) -> Verdict:
     expected = expect(case)
     if not judgeable(case, expected):
         return Verdict(
@@ -217,40 +227,40 @@ def _ask(pool: RankPool, case: Case) -> Verdict:
 
 
 def _with_checks(case: Case, checks: tuple[str, ...]) -> Case:
-    """The case with those of its checks only."""
+    """The case with only those of its checks that are in `checks`."""
     return replace(case, checks=tuple(check for check in case.checks if check in checks))
 
 
-def _alike(one: Verdict, other: Verdict) -> bool:
-    return (one.verdict, one.raised) == (other.verdict, other.raised)
+def _same_kind(verdict: Verdict, other: Verdict) -> bool:
+    return (verdict.verdict, verdict.raised) == (other.verdict, other.raised)
 
 
 def _keep(pool: RankPool, case: Case, verdict: Verdict, folder: Path) -> Finding:
-    story = ", ".join(_told(step) for step in case.steps)
+    story = ", ".join(_describe(step) for step in case.steps)
     case = replace(case, clause=_clause(case, verdict), title=f"explored: {story}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case.id}.json"
     path.write_text(json.dumps(case.document, indent=1) + "\n")
-    return Finding(case, path, verdict, _ask(pool, case))
+    return Finding(case, path, verdict, _judge(pool, case))
 
 
 def _clause(case: Case, verdict: Verdict) -> str:
-    """What the failure says of the contract; an error, a hang or a crash stands for ERR-9."""
+    """The clause that the failure is about: ERR-9 for an error, a hang or a crash."""
     if len(case.checks) == 1 and verdict.verdict == "fail" and not verdict.raised:
         return CHECKS[case.checks[0]].clause
     return "ERR-9"
 
 
-def _told(step: Step) -> str:
+def _describe(step: Step) -> str:
     words = [step.mode]
     words += ["in other groups"] * bool(step.groups) + ["from a checkpoint"] * step.reload
     words += ["recomputed"] * step.recompute + [f"{step.repeat} times"] * (step.repeat > 1)
-    words += ["beside another layer"] * step.beside + ["with an error"] * bool(step.error)
+    words += ["next to another layer"] * step.beside + ["with an error"] * bool(step.error)
     return " ".join(words)
 
 
 def _content(case: Case) -> Iterator[tuple[str, str]]:
-    """What is in a case, by subject and value; of what has a default, only what departs from it."""
+    """The properties of a case that are not its defaults, by subject and value."""
     document = case.document
     for name, value in document["layer"].items():
         yield name, str(value)

@@ -1,10 +1,10 @@
 """A pool of rank processes that outlive their cases, driven by one controller.
 
-Ranks dial in over a loop-back connection that both sides authenticate with a random key. Every
-message carries an epoch; what answers an older one is dropped. A rank that dies, hangs past the
-deadline or never answers after a peer failed costs that one case: stacks are dumped, all ranks are
-killed, and the next case gets fresh ones. After an error that every rank survived, the ranks stay
-and only form a new world, for a process group is not to be trusted after an error.
+Ranks connect to the controller over loop-back, and both sides authenticate with a random key. Every
+message carries an epoch; an answer to an older epoch is dropped. A rank that dies, that exceeds the
+deadline, or that does not answer after a peer failed costs one case: the controller dumps the
+stacks, kills all ranks, and starts new ones for the next case. If every rank survives an error, the
+ranks stay and form a new world, because a process group is not reliable after an error.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ from syncbn.conformance.wire import Message
 from syncbn.launchers import LAUNCHERS, Job
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
-_GRACE_SECONDS = 5.0  # for the peers of a rank that failed, to fail as well
-_PATIENCE = 10.0  # times as long if every rank compiles every step, or interprets its kernels
-_STACK_SECONDS = 0.3  # for a signal handler to write
+_GRACE_SECONDS = 5.0  # in which the peers of a rank that failed must fail as well
+_PATIENCE = 10.0  # factor of all times if ranks compile every step, or interpret their kernels
+_STACK_SECONDS = 0.3  # in which a signal handler writes
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the ranks of one case answered; None for a rank that did not."""
+    """The answers of the ranks to one message.
+
+    answers: by rank; None for a rank that did not answer.
+    crashed: the ranks that died.
+    hung: the ranks that did not answer in time.
+    details: what is known about crashes and hangs; empty if there is none.
+    """
 
     answers: list[Message | None]
     crashed: list[int] = field(default_factory=list)
@@ -50,9 +56,11 @@ class RankPool:
     """`ranks` processes that run cases on one target. Use it as a context manager.
 
     Args:
-        target: whose layer.
-        ranks: how many processes, at least 1.
-        launcher: a name of launchers.LAUNCHERS.
+        target: the layer to run.
+        ranks: the number of processes, at least 1.
+        launcher: a name of syncbn.launchers.LAUNCHERS.
+
+    `starts` counts how often processes were started. `versions` names the software of the ranks.
     """
 
     def __init__(self, target: Target, ranks: int, launcher: str = "local") -> None:
@@ -81,7 +89,7 @@ class RankPool:
         """Start the ranks, load the target and form the world.
 
         Raises:
-            TargetError: the target cannot be loaded, with the rank's own message.
+            TargetError: the target cannot be loaded. The text has the rank's own message.
         """
         self.starts += 1
         key = secrets.token_bytes(32)
@@ -118,7 +126,7 @@ class RankPool:
             self._job = None
 
     def run(self, case: Case) -> Outcome:
-        """Run a case on all ranks; never raises for what a target does."""
+        """Run a case on all ranks. No target can make this raise."""
         if self._job is None:
             self.start()
         elif self._must_rejoin:
@@ -137,44 +145,45 @@ class RankPool:
         return outcome
 
     def _accept(self, listener: Listener) -> list[Connection]:
-        """One connection per rank, in rank order, whatever order they dial in."""
+        """One connection for each rank, in rank order; they may connect in any order."""
         assert self._job is not None
-        dialed: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        connected: queue.SimpleQueue[Connection] = queue.SimpleQueue()
 
         def accept() -> None:
-            # Not one more than there are ranks: to close a listener does not wake who waits at it.
+            # Accept exactly one connection for each rank, because closing a listener does not
+            # interrupt a pending accept().
             missing = self.ranks
             with contextlib.suppress(OSError):  # the listener was closed
                 while missing:
-                    with contextlib.suppress(AuthenticationError):  # somebody else dialed
-                        dialed.put(listener.accept())
+                    with contextlib.suppress(AuthenticationError):  # not one of our ranks
+                        connected.put(listener.accept())
                         missing -= 1
 
-        # In a thread, for accept() would wait for ever for a rank that dies before it dials.
+        # In a thread, because accept() would wait forever for a rank that dies before it connects.
         threading.Thread(target=accept, name="accept", daemon=True).start()
-        found: dict[int, Connection] = {}
+        by_rank: dict[int, Connection] = {}
         end = time.monotonic() + _START_SECONDS
-        while len(found) < self.ranks:
+        while len(by_rank) < self.ranks:
             try:
-                connection = dialed.get(timeout=0.2)
+                connection = connected.get(timeout=0.2)
             except queue.Empty:
-                missing = set(range(self.ranks)) - set(found)
+                missing = set(range(self.ranks)) - set(by_rank)
                 if lost := sorted(missing & set(self._job.ended())):
                     raise TargetError(self._lost(lost, "died at its start")) from None
                 if time.monotonic() > end:
                     raise TargetError(self._lost(sorted(missing), "did not start")) from None
             else:
-                found[wire.receive(connection).content["rank"]] = connection
-        return [found[rank] for rank in range(self.ranks)]
+                by_rank[wire.receive(connection).content["rank"]] = connection
+        return [by_rank[rank] for rank in range(self.ranks)]
 
     def _join(self) -> None:
-        """Let the ranks form a fresh world."""
+        """Let the ranks form a new world."""
         port = self._all({"do": "host"}, only=[0])[0].content["port"]
         self._all({"do": "join", "port": port})
         self._must_rejoin = False
 
     def _all(self, content: dict[str, Any], only: list[int] | None = None) -> list[Message]:
-        """The answers of ranks that all must succeed."""
+        """The answers to a message that must succeed on all ranks (or on those in `only`)."""
         outcome = self._exchange(content, _START_SECONDS, only)
         if outcome.crashed or outcome.hung:
             raise TargetError(outcome.details)
@@ -193,11 +202,11 @@ class RankPool:
         only: list[int] | None = None,
         patience: float = 1.0,
     ) -> Outcome:
-        """Send to the ranks (all, or some) and wait for their answers until the deadline."""
+        """Send a message to all ranks, or to those in `only`, and wait until the deadline."""
         self._epoch += 1
-        asked = range(self.ranks) if only is None else only
+        receivers = range(self.ranks) if only is None else only
         answers: list[Message | None] = [None] * self.ranks
-        waiting = {rank: self._connections[rank] for rank in asked}
+        waiting = {rank: self._connections[rank] for rank in receivers}
         crashed: list[int] = []
         for rank, connection in list(waiting.items()):
             try:
@@ -244,8 +253,8 @@ class RankPool:
         assert self._job is not None
         output = "\n".join(self._job.output(rank) for rank in ranks)
         lines = [line.strip() for line in output.splitlines() if line.strip()]
-        # In a stack dump the main thread comes last, innermost frame first: where it is, and the
-        # line of the target that led there.
+        # In a stack dump the main thread comes last, innermost frame first. Show where it is, and
+        # the line of the target that led there.
         dumps = [
             i for i, line in enumerate(lines) if line.startswith(("Thread ", "Current thread"))
         ]
@@ -271,5 +280,5 @@ def _errors(answer: Message | None) -> list[str]:
 
 
 def went_wrong(answer: Message | None) -> bool:
-    """Whether a rank answered with an error, of the target or of its own."""
+    """Whether a rank answered with an error, of the target or of the suite."""
     return bool(_errors(answer))

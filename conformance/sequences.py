@@ -1,12 +1,12 @@
-"""Sequences of steps, drawn at random: what exploration asks.
+"""Random sequences of steps, the cases of exploration.
 
 A Hypothesis state machine builds a case: first the layer, then each rule adds a step, or a
-checkpoint before the next one. Its end hands over the whole case. What is drawn is defined by the
-contract; where the contract wants an error, the step expects it.
+checkpoint before the next one. At the end it hands over the whole case. The contract defines the
+result of everything that is drawn; where it demands an error, the step expects the error.
 
-Every rule draws the same choices, whatever came before, and among them whether its step is kept;
-what they mean in the case so far is worked out afterwards. So a simpler case is one choice away,
-which is how Hypothesis looks for it. The first choice of everything is the simplest.
+Every rule always draws the same choices. One of them is whether its step is kept; what the others
+mean for the case is decided afterwards. So a simpler case differs in one choice, and that is how
+Hypothesis searches for it. The first option of every choice is the simplest.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from syncbn.conformance.checks import CHECKS
 T = TypeVar("T")
 Choices: TypeAlias = dict[str, Any]
 
-_RULES = 6  # that build a case; fewer when it shrinks
-_DEADLINE = 10.0  # seconds for a case, which takes a fraction of one
+_RULES = 6  # rules that build a case; fewer in a simplified one
+_DEADLINE = 10.0  # seconds for a case, which takes a fraction of a second
 _LARGEST_IMAGE = 8192  # values
 
 _LAYOUTS = st.sampled_from(("contiguous", "channels_last", "permuted", "sliced", "expanded"))
-_ANY = st.integers(0, 10**6)  # taken modulo what there is to choose from
+_ANY = st.integers(0, 10**6)  # modulo the number of options
 _HALVES = ("float16", "bfloat16")
 DTYPES = ("float32", *_HALVES, "float64")
-# The dtypes of input that go with one of the parameters.
+# The dtypes of input that fit a dtype of the parameters.
 _INPUTS = {"float32": ("float32", *_HALVES)} | {name: (name,) for name in (*_HALVES, "float64")}
 
-# Inputs that the layer must refuse for their shape, or for the dtype int64.
+# Inputs that the layer must refuse: the new shape, or "integers" for the dtype int64.
 _FAULTS: dict[str, Callable[[tuple[int, ...]], tuple[int, ...]]] = {
     "a channel too many": lambda shape: (shape[0], shape[1] + 1, *shape[2:]),
     "no channels": lambda shape: (shape[0], 0, *shape[2:]),
@@ -61,15 +61,22 @@ _DEFAULTS = {
 
 def explore(
     ranks: int,
-    ask: Callable[[Case], None],
+    run: Callable[[Case], None],
     from_seed: int,
     cases: int,
     dtypes: Sequence[str] = DTYPES,
 ) -> None:
-    """Draw so many cases and call `ask` with each. dtypes: those of DTYPES to draw, float32 first.
+    """Draw cases and call `run` with each.
 
-    If `ask` raises, Hypothesis asks simpler and simpler cases, and last of all the simplest that
-    made it raise; that exception comes out.
+    If `run` raises, Hypothesis tries simpler and simpler cases, and at last the simplest one that
+    made it raise. That exception comes out.
+
+    Args:
+        ranks: the number of ranks of every case.
+        run: runs a case.
+        from_seed: the seed of the draws.
+        cases: how many cases to draw.
+        dtypes: those of DTYPES to draw, float32 first.
     """
     chosen = settings(
         max_examples=cases,
@@ -85,19 +92,19 @@ def explore(
     )
 
     @seed(from_seed)
-    class Asking(_Sequence):
+    class Running(_Sequence):
         def __init__(self) -> None:
-            super().__init__(ranks, ask, dtypes)
+            super().__init__(ranks, run, dtypes)
 
-    run_state_machine_as_test(Asking, settings=chosen)
+    run_state_machine_as_test(Running, settings=chosen)
 
 
 class _Sequence(RuleBasedStateMachine):
-    """Builds a case and asks it at the end. `checkpoint` is what the next step begins with."""
+    """Builds a case and runs it at the end. `checkpoint` holds fields of the next step."""
 
-    def __init__(self, ranks: int, ask: Callable[[Case], None], dtypes: Sequence[str]) -> None:
+    def __init__(self, ranks: int, run: Callable[[Case], None], dtypes: Sequence[str]) -> None:
         super().__init__()
-        self.ask = ask
+        self.run = run
         self.dtypes = dtypes
         self.case = Case("FWD-1", "explored", ranks, {}, deadline=_DEADLINE)
         self.checkpoint: dict[str, Any] = {}
@@ -125,7 +132,7 @@ class _Sequence(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def reload(self, data: st.DataObject) -> None:
-        """Into the same groups, or into others."""
+        """A new layer takes over the checkpoint, in the same groups or in others."""
         kind, labels = data.draw(
             st.tuples(st.sampled_from(("none", "reload", "groups")), _labels(self.case.ranks))
         )
@@ -137,7 +144,7 @@ class _Sequence(RuleBasedStateMachine):
     def teardown(self) -> None:
         drawn_to_the_end = sys.exc_info()[0] is None
         if drawn_to_the_end and self.case.steps:
-            self.ask(replace(self.case, checks=_applying(self.case)))
+            self.run(replace(self.case, checks=_applying(self.case)))
 
     def _add(
         self, data: st.DataObject, mode: str, finish: Callable[[Case, Step, Choices], Step]
@@ -227,25 +234,25 @@ def _labels(ranks: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 def _extras(*names: str) -> st.SearchStrategy[list[str]]:
-    """What is out of the ordinary, a few things at a time."""
+    """A few unusual properties at a time."""
     return st.lists(st.sampled_from(names), max_size=3)
 
 
 def _built(case: Case, layer: dict[str, Any], drawn: Choices) -> Case:
-    """The case with a layer, its groups and the state that it starts in."""
+    """The case with a layer, groups and an initial state."""
     layer = {name: v for name, v in layer.items() if name not in _DEFAULTS or v != _DEFAULTS[name]}
     case = replace(case, layer=layer, seed=drawn["seed"] % 100)
-    everyone = set(range(case.ranks))
+    all_ranks = set(range(case.ranks))
     outside = drawn["outside"] if "outside" in drawn["extras"] else set()
-    members = sorted(everyone - outside or everyone)
+    members = sorted(all_ranks - outside or all_ranks)
     groups = _grouped(members, drawn["labels"]) if drawn["grouped"] else None
-    # Beside eps = 0, what is undefined could not be told from what is asked for.
+    # With eps = 0, a NaN that the case asks for looks like a result that is undefined.
     states = ("random", "initial", "negative") if case.eps else ("random", "initial")
     return replace(
         case,
         groups=groups,
         state=_pick(states, drawn["state"]),
-        # Gradients in float16 that overflow before they are averaged would go unseen.
+        # In float16, gradients may overflow before they are averaged, which would not be seen.
         ddp="ddp" in drawn["extras"]
         and "collectives" not in drawn["extras"]
         and (groups is None and case.affine and case.parameter_dtype != "float16"),
@@ -254,7 +261,7 @@ def _built(case: Case, layer: dict[str, Any], drawn: Choices) -> Case:
 
 
 def _shaped(case: Case, step: Step, drawn: Choices, dtypes: Sequence[str]) -> Step:
-    """The step with shapes and dtypes. The ranks of a group have one dtype, as the reference."""
+    """The step with shapes and dtypes. Ranks of one group share a dtype, as in the reference."""
     inputs = list(drawn["inputs"])
     for group in _groups(case, step):
         for rank in group:
@@ -282,7 +289,7 @@ def _accepted(case: Case, step: Step, drawn: Choices) -> Step:
         paired="paired" in extras and all(shape[0] % 2 == 0 for shape in step.shapes),
     )
     step = replace(step, x=_data(case, step, drawn))
-    # A rank that is absent does not come into new groups.
+    # An absent rank cannot join new groups.
     present = drawn["ranks"].intersection(_members(case)) if "present" in extras else set()
     if present and step.mode == "eval" and not step.groups and not case.ddp:
         step = replace(step, present=tuple(sorted(present)))
@@ -300,7 +307,7 @@ def _accepted(case: Case, step: Step, drawn: Choices) -> Step:
 
 
 def _refused(case: Case, step: Step, drawn: Choices) -> Step:
-    """The step with inputs that some ranks must refuse; in eval all, for none hears of others."""
+    """The step with inputs that some ranks must refuse; in eval all ranks, as none sees a peer."""
     members = _members(case)
     some = sorted(drawn["ranks"].intersection(members))
     refusing = some if some and step.mode == "train" else members
@@ -328,7 +335,7 @@ def _data(case: Case, step: Step, drawn: Choices) -> Data:
 
 
 def _poison(case: Case, step: Step, at: int, value: str) -> tuple[tuple[tuple[int, ...], str], ...]:
-    """One value, and not in a tensor whose images share their memory."""
+    """One poisoned value, in a tensor whose images do not share their memory."""
     filled = [rank for rank, shape in enumerate(step.shapes) if shape[0]]
     separate = [rank for rank in filled if step.layout_of(rank) != "expanded"]
     if not case.eps or not separate:
@@ -339,9 +346,9 @@ def _poison(case: Case, step: Step, at: int, value: str) -> tuple[tuple[tuple[in
 
 
 def _frozen(case: Case, step: Step, drawn: Choices) -> Step:
-    """Inputs and parameters frozen on some ranks; no backward is left with nothing at all to do.
+    """The step with inputs and parameters frozen on some ranks, but not everything in a group.
 
-    Data parallelism goes by what was frozen before it wrapped the layer.
+    Parameters are not frozen in data parallelism, which looks at them when it wraps the layer.
     """
     members = set(_members(case))
     inputs = drawn["frozen_input"] & members
@@ -358,7 +365,7 @@ def _frozen(case: Case, step: Step, drawn: Choices) -> Step:
 def _expecting(
     case: Case, step: Step, refusing: Sequence[int] = (), kind: str = "ValueError"
 ) -> Step:
-    """The step, with the errors that the contract wants: ERR-6 or ERR-9, ERR-7, GRAD-4."""
+    """The step with the errors that the contract demands: ERR-6 or ERR-9, ERR-7, GRAD-4."""
     single: set[int] = set()
     for group in _groups(case, step) if step.mode == "train" else ():
         if not set(group) & set(refusing) and sum(_values(step.shapes[r]) for r in group) == 1:
@@ -373,7 +380,7 @@ def _expecting(
 
 
 def _applying(case: Case) -> tuple[str, ...]:
-    """All checks that apply to the case, of the slow ones those that it has already."""
+    """All checks that apply to the case. A slow one applies only if the case has it already."""
     steps = case.steps
     groups = [group for i in range(len(steps)) for group in case.groups_at(i) or ()]
     odd = any(s.recompute or s.beside or s.frozen_input or s.error for s in steps) or case.ddp
@@ -389,18 +396,18 @@ def _applying(case: Case) -> tuple[str, ...]:
 
 
 def _members(case: Case) -> list[int]:
-    """The ranks that are in a group; they are so in every step."""
+    """The ranks that are in a group; they are the same in every step."""
     return [rank for rank in range(case.ranks) if case.group_of(rank) is not None]
 
 
 def _groups(case: Case, step: Step) -> Groups:
-    """Of the next step of the case."""
-    everyone = (tuple(range(case.ranks)),)
-    return step.groups or case.groups_at(len(case.steps) - 1) or everyone
+    """The groups of the next step of the case."""
+    all_ranks = (tuple(range(case.ranks)),)
+    return step.groups or case.groups_at(len(case.steps) - 1) or all_ranks
 
 
 def _grouped(members: Sequence[int], labels: Sequence[int]) -> Groups:
-    """Those ranks together that have the same label."""
+    """Groups of the ranks that have the same label."""
     by_label = {
         labels[rank]: tuple(r for r in members if labels[r] == labels[rank]) for rank in members
     }
@@ -408,7 +415,7 @@ def _grouped(members: Sequence[int], labels: Sequence[int]) -> Groups:
 
 
 def _values(shape: tuple[int, ...]) -> int:
-    """Per channel."""
+    """The number of values per channel."""
     return shape[0] * math.prod(shape[2:])
 
 
@@ -417,5 +424,5 @@ def _pick(options: Sequence[T], index: int) -> T:
 
 
 def _one_or_each(values: tuple[str, ...]) -> str | tuple[str, ...]:
-    """As a Step has it: one value if all ranks have the same."""
+    """One value if all ranks have the same, as the fields of Step allow."""
     return values[0] if len(set(values)) == 1 else values

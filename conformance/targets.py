@@ -130,7 +130,7 @@ def oracle(name: str, target: Target) -> Target | str:
         TargetError: ORACLE is not installed, or is the target itself.
     """
     if name == "none":
-        return "none was asked for"
+        return "--oracle none"
     chosen = parse(ORACLE, "npu" if target.device == "npu" else "cpu")
     framework = FRAMEWORKS[chosen.framework]
     reason = None

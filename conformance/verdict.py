@@ -48,9 +48,12 @@ _LARGEST["bfloat16"] = (2 - 2.0**-7) * 2.0**127
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of VERDICTS; the largest ratio of a case that compared numbers; why it did not pass.
+    """The verdict on one case.
 
-    raised: it did not pass because the target raised what it should not.
+    verdict: one of VERDICTS.
+    ratio: the largest ratio of the case; None if it compares no numbers.
+    message: why the case did not pass.
+    raised: whether it did not pass because of an error that the target raised.
     """
 
     verdict: str
@@ -60,15 +63,21 @@ class Verdict:
 
 
 class _Failure(Exception):
-    """The answer departs from what is expected; the text says where."""
+    """The answer differs from what is expected. The text says where."""
 
 
 class _Raised(_Failure):
-    """The target raised an error that was not expected, or another one than was."""
+    """The target raised an error that was not expected, or of another type than expected."""
 
 
 def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) -> Verdict:
-    """The verdict on what the ranks answered, beside what they should have."""
+    """Compare the answers of the ranks with the expected results.
+
+    Args:
+        case: the case that the ranks ran.
+        outcome: their answers.
+        expected: returns the expected results; called only if they are needed.
+    """
     if outcome.crashed:
         return Verdict("crash", None, outcome.details)
     if outcome.hung:
@@ -93,10 +102,10 @@ def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) ->
 
 
 def judgeable(case: Case, expected: Expectations) -> bool:
-    """Whether every result is a number that its dtype can hold, wherever it is within its bound.
+    """Whether the dtype of every result can hold each number within the bound of that result.
 
-    A variance of 0 beside eps = 0, for one, leaves the contract. Where data are poisoned or a
-    running variance is negative, numbers that are not finite are what is asked for.
+    A variance of 0 together with eps = 0, for example, is outside the contract. If data are
+    poisoned or a running variance is negative, the case is about numbers that are not finite.
     """
     poisoned = case.state == "negative" or any(step.x.poison for step in case.steps)
     for rank, steps in enumerate(expected):
@@ -124,14 +133,14 @@ def apart(case: Case, one: Outcome, other: Outcome, expected: Expectations) -> f
         if bounded is None or any(a is None or a.shape != bounded.value.shape for a in arrays):
             continue
         if bounded.value.size:
-            got, beside = (np.asarray(array, np.float64) for array in arrays)
-            found = float(np.max(ratio(got, Bounded(beside, bounded.bound))))
-            largest = max(found, largest or 0.0)
+            first, second = (np.asarray(array, np.float64) for array in arrays)
+            difference = float(np.max(ratio(first, Bounded(second, bounded.bound))))
+            largest = max(difference, largest or 0.0)
     return largest
 
 
 def _check_errors(case: Case, rank: int, answer: Message) -> None:
-    """Every error that was expected was raised, and no other."""
+    """Fail unless every expected error was raised, and no other."""
     raised = answer.content.get("error")
     if case.error is not None:
         if raised is None:
@@ -152,7 +161,7 @@ def _check_errors(case: Case, rank: int, answer: Message) -> None:
             continue
         at_fault = rank in step.error.ranks
         if raised is None:
-            what = step.error.type if at_fault else "an error, for a peer failed"
+            what = step.error.type if at_fault else "an error, because a peer failed"
             raise _Failure(f"{where}: raised nothing, expected {what}")
         if at_fault and step.error.type not in raised["types"]:
             raise _Raised(f"{where}: raised {_show(raised)}, expected {step.error.type}")
@@ -205,24 +214,24 @@ def _state(case: Case) -> list[str]:
     return parameters + (running if case.track_running_stats else [])
 
 
-def _check_parameters(case: Case, found: dict[str, Any]) -> None:
-    _equal("parameters and buffers", sorted(found), sorted(_state(case)))
+def _check_parameters(case: Case, parameters: dict[str, Any]) -> None:
+    _equal("parameters and buffers", sorted(parameters), sorted(_state(case)))
     for name in _state(case):
         if name != "num_batches_tracked":
-            _equal(f"shape of {name}", found[name]["shape"], [case.num_features])
-            _equal(f"dtype of {name}", found[name]["dtype"], case.parameter_dtype)
+            _equal(f"shape of {name}", parameters[name]["shape"], [case.num_features])
+            _equal(f"dtype of {name}", parameters[name]["dtype"], case.parameter_dtype)
 
 
 def _check_initial_values(case: Case, answer: Message) -> None:
     for name in _state(case):
         values = answer.arrays.get(f"initial/{name}")
         if values is None:
-            raise _Failure(f"there is no {name}")
+            raise _Failure(f"the layer has no {name}")
         if not np.all(values == _INITIAL[name]):
             raise _Failure(f"{name} starts as {values.tolist()}, expected {_INITIAL[name]}")
     for name in set(_INITIAL) - set(_state(case)):
         if f"initial/{name}" in answer.arrays:
-            raise _Failure(f"there is a {name}, expected none")
+            raise _Failure(f"the layer has {name}, expected none")
 
 
 def _check_step_facts(case: Case, step: Step, where: str, facts: dict[str, Any]) -> None:
@@ -244,7 +253,7 @@ def _check_step_facts(case: Case, step: Step, where: str, facts: dict[str, Any])
 
 
 def _check_defined(outcome: Outcome) -> None:
-    """No number is NaN, though some may have overflowed."""
+    """Fail if a number is NaN. A number may have overflowed to infinity."""
     for rank, answer in enumerate(outcome.answers):
         for name, values in answer.arrays.items() if answer else ():
             if np.isnan(values).any():
@@ -252,7 +261,7 @@ def _check_defined(outcome: Outcome) -> None:
 
 
 def _check_agreement(case: Case, outcome: Outcome) -> None:
-    """Buffers are bitwise equal on all ranks of a group after every step that all of it took."""
+    """Fail unless all ranks of a group have bitwise equal buffers after every step."""
     for rank, answer in enumerate(outcome.answers):
         if answer is None or case.group_of(rank) is None:
             continue
@@ -274,7 +283,7 @@ def _check_agreement(case: Case, outcome: Outcome) -> None:
 def _check_numbers(
     case: Case, outcome: Outcome, expected: Expectations, ratios: list[float]
 ) -> None:
-    """Compare every number that the case checks; the largest ratio comes first in the message."""
+    """Compare every number that the case checks. The message names the largest ratio."""
     if "num_batches_tracked" in case.checks:
         for rank, steps in enumerate(expected):
             for index, at in enumerate(steps):
@@ -284,9 +293,9 @@ def _check_numbers(
     worst: tuple[float, str] = (0.0, "")
     for rank, index, name, bounded in _numbers(case, expected):
         got = _array(outcome, rank, f"{index}/{name}")
-        found, text = _compare(f"rank {rank}, step {index}: {name}", got, bounded)
-        ratios.append(found)
-        worst = max(worst, (found, text))
+        largest, text = _compare(f"rank {rank}, step {index}: {name}", got, bounded)
+        ratios.append(largest)
+        worst = max(worst, (largest, text))
     if worst[0] > THRESHOLD:
         raise _Failure(worst[1])
 
@@ -307,8 +316,8 @@ def _array(outcome: Outcome, rank: int, name: str) -> npt.NDArray[Any] | None:
 
 
 def _check_count(where: str, expected: Expected, got: npt.NDArray[Any] | None) -> None:
-    found = None if got is None else int(got)
-    _equal(f"{where}: num_batches_tracked", found, expected.num_batches_tracked)
+    count = None if got is None else int(got)
+    _equal(f"{where}: num_batches_tracked", count, expected.num_batches_tracked)
 
 
 def _compare(
@@ -317,7 +326,7 @@ def _compare(
     if expected is None or got is None:
         if expected is None and got is None:
             return 0.0, ""
-        raise _Failure(f"{where} is {'missing' if got is None else 'there, expected none'}")
+        raise _Failure(f"{where} is {'missing' if got is None else 'present, expected none'}")
     _equal(f"{where}: shape", list(got.shape), list(expected.value.shape))
     if not got.size:
         return 0.0, ""
@@ -347,5 +356,5 @@ def worst_of(verdicts: list[str]) -> str:
 
 def required(clause: str, level: str) -> bool:
     """Whether a clause counts for the exit status."""
-    known = CLAUSES[clause]
-    return known.not_run is None and (level == "decided" or known.documented)
+    row = CLAUSES[clause]
+    return row.not_run is None and (level == "decided" or row.documented)

@@ -1,4 +1,4 @@
-"""What runs in a rank process: the loop that serves the controller, and one module a framework.
+"""The code of a rank process: the loop that serves the controller, and a module per framework.
 
-Ranks run what they are told and answer with arrays and facts. They never judge.
+Ranks run cases and answer with arrays and facts. They never judge.
 """

@@ -73,7 +73,7 @@ class Rank(ABC):
 
     @abstractmethod
     def load_state(self, layer: Any, state: dict[str, Any]) -> Sequence[str]:
-        """Set parameters and running statistics; the names that the layer does not have."""
+        """Set parameters and running statistics. Returns the names that the layer does not have."""
 
     @abstractmethod
     def state(self, layer: Any) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Rank(ABC):
 
     @abstractmethod
     def create_group(self, ranks: tuple[int, ...]) -> Any:
-        """What process_group is for these ranks. Every rank calls it for every group of a case."""
+        """The process_group of these ranks. Every rank calls this for every group of a case."""
 
     @abstractmethod
     def tensor(self, values: Array, dtype: str) -> Any:
@@ -93,11 +93,11 @@ class Rank(ABC):
 
     @abstractmethod
     def array(self, tensor: Any) -> Array:
-        """A copy of the values; bfloat16 as float32, for NumPy does not have it."""
+        """A copy of the values; bfloat16 as float32, because NumPy does not have it."""
 
     @abstractmethod
     def data_parallel(self, layer: Any) -> Any:
-        """The layer in the framework's data parallelism over all ranks."""
+        """The layer wrapped in the framework's data parallelism over all ranks."""
 
     @abstractmethod
     def communicators(self) -> int:
@@ -133,12 +133,12 @@ class Rank(ABC):
         return False
 
     def describe(self, error: Exception) -> dict[str, Any]:
-        """An error of the target, as the answer has it."""
+        """An error of the target as JSON: the names of its types, and its text."""
         return {"types": [cls.__name__ for cls in type(error).__mro__], "message": str(error)}
 
     def run(self, case: Case) -> tuple[dict[str, Any], Arrays]:
-        # On accelerators and in graphs our layer raises an error on all ranks only in debug mode,
-        # which the other cases are not to be run in.
+        # On accelerators and in graphs, our layer raises an error on all ranks only in debug mode.
+        # Cases without an error run without it, as a user runs them.
         os.environ["SYNCBN_DEBUG"] = str(int(any(step.error for step in case.steps)))
         if reason := self.unsupported(case):
             return {"unsupported": reason}, {}
@@ -224,7 +224,7 @@ class Rank(ABC):
         return layer
 
     def _step(self, layer: Any, case: Case, index: int, arrays: Arrays) -> dict[str, Any]:
-        """Take one step; adds what the case checks to `arrays`."""
+        """Take one step. Adds the arrays that the case checks to `arrays`."""
         step = case.steps[index]
         dtype = step.dtype_of(self.rank)
         x = self._lay_out(data.shard(case, index, self.rank), dtype, step.layout_of(self.rank))
@@ -268,7 +268,7 @@ class Rank(ABC):
         return facts
 
     def _lay_out(self, values: Array, dtype: str, layout: str) -> Any:
-        """A tensor with these values in the places of memory that the layout says."""
+        """A tensor with these values in a memory layout; see syncbn.conformance.case.Step."""
         if layout == "sliced":
             wider = np.full((*values.shape[:-1], 2 * values.shape[-1]), 7.0)
             wider[..., ::2] = values
@@ -292,7 +292,7 @@ class Rank(ABC):
         }
 
     def _literal(self, name: str, value: Any) -> Any:
-        """The Python value of a literal of a case; see syncbn.conformance.case."""
+        """The Python value of a literal; see syncbn.conformance.case.Case."""
         if isinstance(value, dict) and "float" in value:
             return float(value["float"])
         if isinstance(value, dict) and "numpy" in value:
@@ -308,7 +308,7 @@ def _find(module_name: str, class_name: str) -> Callable[..., Any]:
         if spec is None or spec.loader is None or not Path(module_name).is_file():
             raise ImportError(f"no file {module_name}")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # MindSpore's compiler looks there
+        sys.modules[spec.name] = module  # MindSpore's compiler looks for it there
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(module_name)
@@ -317,11 +317,11 @@ def _find(module_name: str, class_name: str) -> Callable[..., Any]:
 
 
 def _permuted(tensor: Any, order: tuple[int, ...]) -> Any:
-    """The same tensor, whose memory has the axes in this order."""
+    """The same tensor with its axes in this order in memory."""
     back = tuple(int(axis) for axis in np.argsort(order))
     return tensor.permute(order).contiguous().permute(back)
 
 
 def _dtype(tensor: Any) -> str:
-    """float32 for torch.float32 as for mindspore's Float32."""
+    """The name of the dtype, alike for all frameworks: "float32"."""
     return str(tensor.dtype).removeprefix("torch.").lower()

@@ -35,13 +35,13 @@ _DEVICES = {"cpu": ("CPU", "mccl"), "npu": ("Ascend", "hccl")}
 _MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 _FLOATING = ("bfloat16", "float16", "float32", "float64")
 _LEARNED = ("weight", "bias")
-_TIMEOUT = timedelta(minutes=10)  # more than any deadline of the controller, which sees a hang
+_TIMEOUT = timedelta(minutes=10)  # longer than any deadline, so that the controller sees a hang
 
-# Kernels that talk to other ranks, as the profiler names them; those that mint.distributed calls
-# are unknown to it.
+# The profiler's names of the kernels that communicate. It does not see those of mint.distributed,
+# which are the classes in _UNSEEN.
 _COLLECTIVE = re.compile(r"InnerComm\w+|AllReduce|AllGather|ReduceScatter|Broadcast|AlltoAll")
-_UNKNOWN = [cls for name, cls in vars(gen_ops_prim).items() if name.startswith("DistComm")]
-# MindSpore appends where in its own sources an error was raised.
+_UNSEEN = [cls for name, cls in vars(gen_ops_prim).items() if name.startswith("DistComm")]
+# MindSpore appends to an error the places in its own sources.
 _FRAMES = re.compile(r"\s*\n-{10,}\n- (C\+\+ Call Stack|The Traceback of).*", re.DOTALL)
 
 
@@ -59,7 +59,7 @@ class MindSporeRank(Rank):
             ms.set_device(self.platform)
         else:
             ms.set_device(self.platform, local_rank)
-        ms.runtime.launch_blocking()  # or an error shows at a later, innocent operation
+        ms.runtime.launch_blocking()  # otherwise a later operation raises the error
         ms.set_context(mode=_MODES[target["mode"]])
         self.mode = target["mode"]
         if target["rung"] == "substituted":
@@ -74,7 +74,7 @@ class MindSporeRank(Rank):
         return {"mindspore": ms.__version__, "collectives": self.collectives}
 
     def host(self) -> int:
-        # A free port, for MindSpore's store cannot choose one; later, a number for `join`.
+        # A free port, because MindSpore's store cannot choose one. Later it is just a new number.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port: int = probe.getsockname()[1]
@@ -107,7 +107,7 @@ class MindSporeRank(Rank):
         return self.state(layer) | dict(layer.named_buffers())
 
     def create_group(self, ranks: tuple[int, ...]) -> str:
-        """Only by the members: a call of any other rank would break the group for all."""
+        """The name of the group. Only members create it: another rank would break it for all."""
         name = "ranks " + ",".join(map(str, ranks))
         if self.rank in ranks:
             communication.create_group(name, list(ranks))
@@ -117,8 +117,8 @@ class MindSporeRank(Rank):
         return Tensor(values, dtype=getattr(ms, dtype))
 
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
-        wide = tensor.astype(ms.float32) if tensor.dtype == ms.bfloat16 else tensor
-        array: npt.NDArray[Any] = wide.asnumpy().copy()
+        known = tensor.astype(ms.float32) if tensor.dtype == ms.bfloat16 else tensor
+        array: npt.NDArray[Any] = known.asnumpy().copy()
         return array
 
     def unsupported(self, case: Case) -> str | None:
@@ -138,7 +138,7 @@ class MindSporeRank(Rank):
         if self.mode == "graph" and any(step.recompute for step in case.steps):
             return "in a graph MindSpore recomputes operations, not the forward of a layer"
         if self.mode == "graph" and any(_idles(case, step) for step in case.steps):
-            return "a compiled forward does not know whether it will be differentiated"
+            return "a compiled forward cannot see whether it will be differentiated"
         raises = self.mode == "graph" and any(step.error for step in case.steps)
         if raises and self.platform == "CPU" and "float64" in case.dtypes:
             return "MindSpore rounds float64 in a graph that can raise: its TensorMove has none"
@@ -150,7 +150,7 @@ class MindSporeRank(Rank):
         return None
 
     def describe(self, error: Exception) -> dict[str, Any]:
-        # After an error inside of a gradient, later ones would fail without this.
+        # Without this, later gradients fail after an error inside a gradient.
         _pynative_executor.clear_res()
         described = super().describe(error)
         return described | {"message": _FRAMES.sub("", described["message"]).strip()}
@@ -177,7 +177,7 @@ class MindSporeRank(Rank):
         for cell in filter(None, (layer, beside)):
             cell.set_train(step.mode == "train")
         if beside is not None:
-            beside.update_parameters_name("beside.")  # in a graph, as in a network, names differ
+            beside.update_parameters_name("beside.")  # a graph needs different names
         weights = learned if wants_parameters else []
         position = 0 if wants_input and x.is_floating_point() else None
         module = layer
@@ -187,15 +187,15 @@ class MindSporeRank(Rank):
             )
         recomputing, loss, compiled = step.recompute, self.loss, self.mode == "graph"
 
-        # Plain functions of tensors, for in graph mode they are compiled.
+        # Plain functions of tensors, because graph mode compiles them.
         def forward(x: Tensor) -> Tensor:
             return ms.recompute(module, x) if recomputing else module(x)
 
         def with_loss(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
             if compiled:
-                # MindSpore 2.10.0 ignores the strides of an input of a graph that can raise, as
-                # ours can with SYNCBN_DEBUG=1, unless an operation has used it before. In a
-                # network dy comes from an operation; x is used by the layer itself.
+                # MindSpore 2.10.0 ignores the strides of an input of a graph that can raise, unless
+                # an operation has used the input before. Ours can raise with SYNCBN_DEBUG=1. In a
+                # network dy comes from an operation; the layer itself uses x.
                 x = ops.depend(x, ops.neg(dy))
             y = forward(x)
             if beside is not None:
@@ -206,23 +206,24 @@ class MindSporeRank(Rank):
         if dy is None or (position is None and not weights):
             with ms._no_grad() if step.recording == "no_grad" else contextlib.nullcontext():
                 y = forward(x)
-            y.asnumpy()  # a graph runs by itself: its errors come out when somebody waits for it
+            y.asnumpy()  # a graph runs asynchronously: this waits for it, and raises its errors
             return {"y": y}, [in_forward]
         both = ms.value_and_grad(with_loss, position, weights or None, has_aux=True)
-        ((_, y), found), in_both = _count(lambda: both(x, dy), counting)
+        ((_, y), gradients), in_both = _count(lambda: both(x, dy), counting)
         y.asnumpy()
         if not weights:
-            found = (found, ())
+            gradients = (gradients, ())
         elif position is None:
-            found = (None, found)
-        by_weight = {f"grad_{p.name}": grad for p, grad in zip(weights, found[1], strict=True)}
-        return {"y": y, "grad_input": found[0], **by_weight}, [in_forward, in_both - in_forward]
+            gradients = (None, gradients)
+        dx, of_weights = gradients
+        by_weight = {f"grad_{p.name}": grad for p, grad in zip(weights, of_weights, strict=True)}
+        return {"y": y, "grad_input": dx, **by_weight}, [in_forward, in_both - in_forward]
 
     def _prove_in_step(self, nonce: int) -> None:
-        """Raise unless no rank has sent or awaits anything of a collective that came to nothing.
+        """Raise if a rank is still in a collective of an earlier case.
 
-        MindSpore cannot form a second world. But the world is as good as new if its collectives,
-        and those of its groups, give exactly what they should for numbers nobody has seen before.
+        MindSpore cannot form a second world. But the old one is as good as a new one if its
+        collectives, and those of its groups, give the right results for new numbers.
         """
         world = (tuple(range(self.ranks)), None)
         for ranks, group in (world, *self.groups.items()):
@@ -262,7 +263,7 @@ class _Loss(nn.Cell):
 
 
 def _prove(rank: int, ranks: Sequence[int], group: str | None, nonce: int) -> None:
-    numbers = {one: (nonce * 31 + one * 7) % 4093 for one in ranks}
+    numbers = {member: (nonce * 31 + member * 7) % 4093 for member in ranks}
     mine = Tensor([numbers[rank]], ms.float32)
     gathered = [ops.zeros_like(mine) for _ in ranks]
     dist.all_gather(gathered, mine, group)
@@ -278,7 +279,7 @@ def _prove(rank: int, ranks: Sequence[int], group: str | None, nonce: int) -> No
 
 @functools.cache
 def _lacks(dtype: str) -> str | None:
-    """What the platform cannot do with a dtype that no layer can do without."""
+    """Why the platform cannot compute with a dtype as every layer must; None if it can."""
     try:
         values = Tensor([1.0, 2.0], getattr(ms, dtype))
         ops.assign(Parameter(values, name="values"), values)
@@ -291,7 +292,7 @@ def _lacks(dtype: str) -> str | None:
 
 
 def _count_aside(layer: nn.Cell, call: Callable[[], Any]) -> int:
-    """How many collectives a call issues; afterwards the layer is as it was before."""
+    """How many collectives a call issues. The layer is afterwards as it was before."""
     before = {parameter: parameter.asnumpy().copy() for parameter in layer.get_parameters()}
     _, count = _count(call, True)
     for parameter, values in before.items():
@@ -303,19 +304,19 @@ def _count(call: Callable[[], T], counting: bool) -> tuple[T, int]:
     """The result of a call and how many collectives it issued."""
     if not counting:
         return call(), 0
-    unknown = 0
+    unseen = 0
 
-    def heard(original: Callable[..., Any]) -> Callable[..., Any]:
-        def listening(*arguments: Any) -> Any:
-            nonlocal unknown
-            unknown += 1
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def counting_call(*arguments: Any) -> Any:
+            nonlocal unseen
+            unseen += 1
             return original(*arguments)
 
-        return listening
+        return counting_call
 
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
-        for cls in _UNKNOWN:
-            stack.enter_context(mock.patch.object(cls, "__call__", heard(cls.__call__)))
+        for cls in _UNSEEN:
+            stack.enter_context(mock.patch.object(cls, "__call__", counted(cls.__call__)))
         written = tensorboard_trace_handler(place, analyse_flag=False)
         with profile(activities=[ProfilerActivity.CPU], on_trace_ready=written):
             result = call()
@@ -325,4 +326,4 @@ def _count(call: Callable[[], T], counting: bool) -> tuple[T, int]:
             for kernel in csv.DictReader(file.read_text().splitlines())
         ]
     counts = [int(k["type_occurrences"]) for k in kernels if _COLLECTIVE.fullmatch(k["op_type"])]
-    return result, sum(counts) + unknown
+    return result, sum(counts) + unseen

@@ -65,7 +65,7 @@ class TorchRank(Rank):
         if dist.is_initialized():
             dist.destroy_process_group()
         self.groups = {}
-        # One store for all worlds: of the clients of a second one, every sixth waits for 5 s.
+        # One store for all worlds: every sixth client of a second store waits for 5 s.
         if self.store is None:
             self.store = TCPStore("127.0.0.1", port, self.ranks, False)
         self.worlds += 1
@@ -94,12 +94,12 @@ class TorchRank(Rank):
 
     def array(self, tensor: Tensor) -> npt.NDArray[Any]:
         tensor = tensor.detach().cpu()
-        wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        array: npt.NDArray[Any] = wide.numpy().copy()
+        known = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        array: npt.NDArray[Any] = known.numpy().copy()
         return array
 
     def data_parallel(self, layer: nn.Module) -> nn.Module:
-        # Its own broadcast of buffers would hide that they differ.
+        # Broadcasting the buffers would hide that they differ.
         ids = None if self.device.type == "cpu" else [self.device]
         return DistributedDataParallel(layer, device_ids=ids, broadcast_buffers=False)
 
@@ -124,7 +124,7 @@ class TorchRank(Rank):
         for module in filter(None, (layer, beside)):
             module.train(step.mode == "train")
         formats: list[bool] = []
-        if x.requires_grad:  # before autograd gives the gradient the format of x
+        if x.requires_grad:  # a hook sees the gradient before autograd gives it the format of x
             x.register_hook(lambda grad: formats.append(self.is_channels_last(grad)))
         branches = [x.detach().neg().requires_grad_(x.requires_grad)] if beside else []
 
@@ -138,11 +138,11 @@ class TorchRank(Rank):
             gradients = [dy] * len(ys)
             _, in_backward = _count(lambda: torch.autograd.backward(ys, gradients), counting)
             collectives += in_backward
-        found: dict[str, Any] = {
+        results: dict[str, Any] = {
             f"grad_{name.removeprefix('module.')}": p.grad for name, p in layer.named_parameters()
         }
-        found["grad_input_format"] = formats[-1] if formats else None
-        return {"y": ys[0], "grad_input": x.grad, **found}, collectives
+        results["grad_input_format"] = formats[-1] if formats else None
+        return {"y": ys[0], "grad_input": x.grad, **results}, collectives
 
     def _around_forward(self, step: Step) -> contextlib.ExitStack:
         """The contexts in which the forward runs."""
@@ -180,14 +180,14 @@ def _device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     module = getattr(torch, name)
     if not module.is_available():
-        raise RuntimeError(f"device {name} was asked for, but torch {torch.__version__} sees none")
+        raise RuntimeError(f"there is no device {name}: torch {torch.__version__} finds none")
     device = torch.device(name, local_rank % module.device_count())
     module.set_device(device)
     return device
 
 
 def _count(call: Callable[[], T], counting: bool) -> tuple[T, list[int]]:
-    """The result of a call and, in a list, how many collectives it issued."""
+    """The result of a call, and a list of the number of collectives that it issued."""
     if not counting:
         return call(), []
     activities = [torch.profiler.ProfilerActivity.CPU]

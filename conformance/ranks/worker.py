@@ -1,4 +1,4 @@
-"""A rank: dials the controller, then runs one job after the other until the line is cut.
+"""A rank process: it connects to the controller and runs jobs until the connection ends.
 
 A launcher starts it as `python -m syncbn.conformance.ranks.worker` with RANK, WORLD_SIZE and
 LOCAL_RANK as torchrun sets them, and SYNCBN_CONTROLLER (host:port) and SYNCBN_KEY (hexadecimal).
@@ -56,7 +56,7 @@ def serve(connection: Connection, rank: int, ranks: int, local_rank: int) -> Non
 
 
 def _listen(connection: Connection, jobs: queue.SimpleQueue[wire.Message]) -> None:
-    """Queue what arrives. When the controller is gone, so is this process, whatever it is doing."""
+    """Queue the messages of the controller. When it is gone, end this process at once."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             jobs.put(wire.receive(connection))
@@ -72,7 +72,7 @@ def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Ran
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the controller's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller handles Ctrl-C
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # a stack dump, on stderr
     host, port = os.environ["SYNCBN_CONTROLLER"].rsplit(":", 1)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

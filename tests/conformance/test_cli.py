@@ -99,7 +99,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--target", "torch:nobody:C", "--ranks", "1"], "No module named 'nobody'"),
         (["run", "--target", f"{PLANTED}:CannotBeBuilt", "--ranks", "1"], "planted constructor"),
         (["run", "--device", "npu", "--ranks", "1"], "torch_npu"),
-        (["run", "--device", "cuda", "--ranks", "1"], "device cuda was asked for"),
+        (["run", "--device", "cuda", "--ranks", "1"], "there is no device cuda"),
         (["run", "--backend", "tritium", "--ranks", "1"], "'tritium'"),
         (["replay", "0123456789ab"], "case must be a file or the id of a case on 4 ranks"),
         (["show", "pyproject.toml"], "pyproject.toml holds no case"),

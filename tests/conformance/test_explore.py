@@ -48,7 +48,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
         hangs = any(step.mode == "train" and not step.error for step in case.steps)
         return Verdict("hang" if hangs else "pass", None, "planted")
 
-    monkeypatch.setattr(explore, "_ask", ask)
+    monkeypatch.setattr(explore, "_judge", ask)
     return cases
 
 
@@ -116,7 +116,7 @@ def test_nothing_is_found_in_our_layer_in_no_time(pool: RankPool, tmp_path: Path
 def test_what_a_target_does_not_support_is_counted(
     unstarted: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(explore, "_ask", lambda pool, case: Verdict("unsupported", None, "no"))
+    monkeypatch.setattr(explore, "_judge", lambda pool, case: Verdict("unsupported", None, "no"))
     found = explore.explore(unstarted, 0.0, 0, tmp_path)
     assert found.finding is None
     assert set(found.verdicts) == {"unsupported"}
@@ -152,7 +152,7 @@ def test_results_that_cannot_be_judged_are_not_asked_for(unstarted: RankPool) ->
     def verdict(layer: dict[str, object], x: Data, dtype: str = "float32") -> Verdict:
         step = Step(((2, 3), (2, 3)), dtype=dtype, x=x)
         case = Case("FWD-1", "t", 2, {"num_features": 3, **layer}, (step,), ("y",))
-        return explore._ask(unstarted, case)
+        return explore._judge(unstarted, case)
 
     constant = verdict({"eps": 0.0}, Data(constant=True))
     large = verdict({"dtype": "float16", "momentum": 1.0}, Data(scale=1e4), "float16")

@@ -23,7 +23,7 @@ def report_of(verdicts: dict[str, str], level: str = "decided") -> dict[str, Any
     results += [Result(c, Verdict("pass", 0.25), 0.1) for c in CASES]
     pool = RankPool(targets.parse("syncbn.torch"), RANKS)
     return report.build(
-        pool, results, profile="smoke", level=level, seconds=1.0, oracle="none was asked for"
+        pool, results, profile="smoke", level=level, seconds=1.0, oracle="--oracle none"
     )
 
 

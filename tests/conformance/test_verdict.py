@@ -209,7 +209,7 @@ def test_a_frozen_gradient_that_is_there_fails() -> None:
     frozen = replace(CASE, steps=(replace(STEP, frozen_input=(1,)),))
     found = judged(frozen, Outcome(list(right_answers())))
     assert found.verdict == "fail"
-    assert "grad_input is there, expected none" in str(found.message)
+    assert "grad_input is present, expected none" in str(found.message)
 
 
 def test_crash_and_hang_come_before_anything_else() -> None:

@@ -1,12 +1,12 @@
 """CPU substitutes for what MindSpore's SyncBatchNorm calls and only Ascend has.
 
-MindSpore's SyncBatchNorm and SyncBatchNormInner, construct and bprop, stay as they are; only the
-five leaf kernels, the two collectives and mint.full that they call have no CPU kernel in MindSpore
-2.10 and are replaced (`install`). The substitutes do what the documentation of the kernels says,
-its losses of digits and its limits on dtypes included, for it is MindSpore's algorithm that is to
-be judged. Where the documentation leaves it open they do the careful thing: what goes into a
-kernel and comes out of it is float32, but sums and whatever else there is once per channel are made
-in float64 and rounded once, so that no verdict hangs on the order in which a CPU happens to add.
+MindSpore's SyncBatchNorm and SyncBatchNormInner, construct and bprop, stay as they are. Only the
+kernels of the five operations, the two collectives and mint.full that they call have no CPU kernel
+in MindSpore 2.10, and are replaced (`install`). The substitutes do what the documentation of the
+kernels says, including its losses of digits and its limits on dtypes, because MindSpore's algorithm
+is what is judged. Where the documentation leaves something open, they are careful: the inputs and
+results of a kernel are float32, but sums and everything else per channel are computed in float64
+and rounded once. So no verdict depends on the order in which a CPU adds.
 
 Sources: the aclnn documentation of CANN's ops-nn (norm/*/docs) and ops-math, and MindSpore's shape
 and type inference (mindspore/ops/infer/ops_func_impl/batch_norm_*.cc).
@@ -26,7 +26,7 @@ _ANY = (ms.float16, ms.float32, ms.bfloat16)
 
 
 def install() -> None:
-    """Replace what has no CPU kernel, for this process; to be called before a layer is imported."""
+    """Replace what has no CPU kernel, in this process. Call it before a layer is imported."""
     mint.full = ops.full
     mint.batch_norm_stats = batch_norm_stats
     mint.batch_norm_gather_stats_with_counts = batch_norm_gather_stats_with_counts
@@ -49,7 +49,7 @@ def batch_norm_stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = _float64(input)
     count = input.size // channels
     mean = _sum(x) / count
-    centred = x - _wide(mean, x)
+    centred = x - _per_channel(mean, x)
     var = _sum(centred * centred) / count
     return _float32(mean), _float32(1 / ops.sqrt(var + eps))
 
@@ -67,8 +67,8 @@ def batch_norm_gather_stats_with_counts(
     """mean and invstd of all ranks from theirs (ranks, C) and counts (ranks,); moves the running.
 
     aclnnBatchNormGatherStatsWithCounts: var = 1 / invstd^2 - eps, mean first, unbiased running
-    variance. It wants positive counts and invstd > 0: the NaN of an empty rank goes where the
-    formula takes it.
+    variance. It requires positive counts and invstd > 0: the NaN of an empty rank goes through the
+    formula.
     """
     weights = _float64(counts).reshape(-1, 1)
     n = weights.sum()
@@ -97,11 +97,11 @@ def batch_norm_elemt(
     _check("BatchNormElemt", "input", input, _ANY)
     x = _float32(input)
     scale = _float32(1 / ops.sqrt(_variance(invstd, eps) + eps))
-    y = (x - _wide(mean, x)) * _wide(scale, x)
+    y = (x - _per_channel(mean, x)) * _per_channel(scale, x)
     if weight is not None:
-        y = y * _wide(_float32(weight), x)
+        y = y * _per_channel(_float32(weight), x)
     if bias is not None:
-        y = y + _wide(_float32(bias), x)
+        y = y + _per_channel(_float32(bias), x)
     return y.astype(input.dtype)
 
 
@@ -159,7 +159,9 @@ def batch_norm_elemt_grad(
     mean_dy = _float32(_float64(sum_dy) / n)
     slope = _float32(_float64(invstd) * _float64(invstd) * _float64(sum_dy_xmu) / n)
     scale = invstd if weight is None else invstd * _float32(weight)
-    dx = ((dy - _wide(mean_dy, x)) - (x - _wide(mean, x)) * _wide(slope, x)) * _wide(scale, x)
+    dx = (
+        (dy - _per_channel(mean_dy, x)) - (x - _per_channel(mean, x)) * _per_channel(slope, x)
+    ) * _per_channel(scale, x)
     return dx.astype(input.dtype)
 
 
@@ -193,18 +195,18 @@ def _float64(tensor: Tensor) -> Tensor:
     return tensor.astype(ms.float64)
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     """(C,) as (1, C, 1, ...)."""
     return values.reshape((1, -1) + (1,) * (like.ndim - 2))
 
 
 def _sum(values: Tensor) -> Tensor:
-    """(C,) of (N, C, +) float64, of which there must be some: over all axes but C."""
+    """The sum (C,) over all axes of (N, C, +) except C; float64, and not empty."""
     return values.sum((0, *range(2, values.ndim)))
 
 
 def _variance(invstd: Tensor, eps: float) -> Tensor:
-    """As the kernels have it that are given no variance; float64."""
+    """The variance as the kernels compute it that receive only invstd; float64."""
     return 1 / ops.square(_float64(invstd)) - eps
 
 

@@ -1,14 +1,13 @@
-"""CPU stand-ins for the five ATen operations that torch_npu hands to CANN's aclnn.
+"""CPU substitutes for the five ATen operations that torch_npu hands to CANN's aclnn.
 
-PyTorch has no CPU kernels for them, so that whatever calls them runs on CPU once `install` has
-registered these. They do what the documentation of the kernels says, or where it is silent their
-host code: their losses of digits, and their limits on dtypes and shapes, with an error as the
-vendor's would be. Where both leave it open they do the careful thing: what goes into a kernel and
-comes out of it is float32, and so are products, value by value; but sums and whatever else there is
-once per channel are made in float64 and rounded once, so that no verdict hangs on the order in
-which a CPU happens to add.
+PyTorch has no CPU kernels for them. Once `install` has registered these, code that calls the
+operations runs on CPU. They do what the documentation of the kernels says, or their host code where
+it is silent: their losses of digits, and their limits on dtypes and shapes, with the same kind of
+error. Where both leave something open, they are careful: the inputs and results of a kernel, and
+products value by value, are float32, but sums and everything else per channel are computed in
+float64 and rounded once. So no verdict depends on the order in which a CPU adds.
 
-The product that is stood in for is Atlas A2 or A3: batch_norm_stats takes no bfloat16 there.
+They stand for Atlas A2 and A3, where batch_norm_stats takes no bfloat16.
 
 Sources: documentation and host code of aclnnBatchNormStats (CANN's ops-math) and of
 aclnnBatchNormElemt, -ReduceBackward, -ElemtBackward and -GatherStatsWithCounts (ops-nn, norm/);
@@ -39,7 +38,7 @@ KERNELS = (
 
 @functools.cache
 def install() -> Library:
-    """Register the five operations for CPU tensors, for as long as this process lives."""
+    """Register the five operations for CPU tensors in this process."""
     library = Library("aten", "IMPL")
     for name in KERNELS:
         library.impl(name, globals()[name], "CPU")
@@ -58,7 +57,7 @@ def batch_norm_stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         mean = torch.zeros(input.shape[1])
         return mean, torch.full_like(mean, torch.nan)
     mean = _mean(input.double())
-    var = _mean((input.double() - _wide(mean, input)).square())
+    var = _mean((input.double() - _per_channel(mean, input)).square())
     return mean.float(), (var + eps).rsqrt().float()
 
 
@@ -75,8 +74,8 @@ def batch_norm_gather_stats_with_counts(
     """mean and invstd of all ranks from theirs (ranks, C) and counts (ranks,); moves the running.
 
     aclnnBatchNormGatherStatsWithCounts: var = 1 / invstd^2 - eps, mean first, unbiased running
-    variance. Nothing may be empty; counts are of a float type. Other counts than positive integers
-    and invstd <= 0 are documented as not guaranteed: they are refused here.
+    variance. Nothing may be empty; counts are of a float type. The documentation guarantees nothing
+    for counts that are not positive integers and for invstd <= 0; they are refused here.
     """
     name = "aclnnBatchNormGatherStatsWithCounts"
     _check_input(name, input)
@@ -116,8 +115,8 @@ def batch_norm_elemt(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias, where var = 1 / invstd^2 - eps.
 
-    aclnnBatchNormElemt: one dtype for all tensors (its host code lets others pass, which is not
-    documented); the variance is rebuilt, for the kernel of inference.
+    aclnnBatchNormElemt: one dtype for all tensors (its host code accepts others, which is not
+    documented). It rebuilds the variance, because it calls the kernel of inference.
     """
     name = "aclnnBatchNormElemt"
     _check_input(name, input)
@@ -127,11 +126,11 @@ def batch_norm_elemt(
     _check_shapes(name, (input.shape[1],), **vectors)
     x = input.float()
     scale = (_variance(invstd, eps) + eps).rsqrt().float()
-    y = (x - _wide(mean.float(), x)) * _wide(scale, x)
+    y = (x - _per_channel(mean.float(), x)) * _per_channel(scale, x)
     if weight is not None:
-        y = y * _wide(weight.float(), x)
+        y = y * _per_channel(weight.float(), x)
     if bias is not None:
-        y = y + _wide(bias.float(), x)
+        y = y + _per_channel(bias.float(), x)
     return y.to(input.dtype)
 
 
@@ -145,7 +144,7 @@ def batch_norm_backward_reduce(
     weight_g: bool,
     bias_g: bool,
 ) -> tuple[Tensor | None, ...]:
-    """sum_dy, sum_dy_xmu, grad_weight, grad_bias, (C,) each; None for what is not asked for.
+    """sum_dy, sum_dy_xmu, grad_weight, grad_bias, (C,) each; None for what is not wanted.
 
     aclnnBatchNormReduceBackward: sum_dy_xmu = sum(dy x) - sum(dy) mean, of float32 products;
     grad_out of the input's dtype. Float16 results if input and mean are, or else float32. An empty
@@ -164,9 +163,9 @@ def batch_norm_backward_reduce(
         products = grad_out.float() * input.float()
         sum_dy_xmu = _sum(products.double()).float() - sum_dy * mean.float()
     results = (sum_dy, sum_dy_xmu, sum_dy_xmu * invstd.float(), sum_dy.clone())
-    asked = (input_g, input_g, weight_g, bias_g)
+    wanted = (input_g, input_g, weight_g, bias_g)
     dtype = _result_dtype(input, mean)
-    return tuple(r.to(dtype) if wanted else None for r, wanted in zip(results, asked, strict=True))
+    return tuple(r.to(dtype) if w else None for r, w in zip(results, wanted, strict=True))
 
 
 def batch_norm_backward_elemt(
@@ -181,8 +180,8 @@ def batch_norm_backward_elemt(
 ) -> Tensor:
     """((dy - sum_dy / n) - (x - mean) invstd^2 sum_dy_xmu / n) invstd weight, n = sum(count).
 
-    aclnnBatchNormElemtBackward: every dtype for itself, the count int32 or a float type; computed
-    in float32, as long as not everything is float16; the result has the input's dtype.
+    aclnnBatchNormElemtBackward: each tensor has its own dtype, the count int32 or a float type. It
+    computes in float32 unless everything is float16. The result has the input's dtype.
     """
     name = "aclnnBatchNormElemtBackward"
     _check_input(name, input)
@@ -201,8 +200,8 @@ def batch_norm_backward_elemt(
     mean_dy = (sum_dy.double() / n).float()
     slope = (invstd.double().square() * sum_dy_xmu.double() / n).float()
     scale = invstd.float() if weight is None else invstd.float() * weight.float()
-    away = (x - _wide(mean.float(), x)) * _wide(slope, x)
-    dx = ((dy - _wide(mean_dy, x)) - away) * _wide(scale, x)
+    away = (x - _per_channel(mean.float(), x)) * _per_channel(slope, x)
+    dx = ((dy - _per_channel(mean_dy, x)) - away) * _per_channel(scale, x)
     return dx.to(input.dtype)
 
 
@@ -236,13 +235,13 @@ def _result_dtype(input: Tensor, mean: Tensor) -> torch.dtype:
     return torch.float16 if half else torch.float32
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     """(C,) as (1, C, 1, ...)."""
     return values.view(1, -1, *(1,) * (like.dim() - 2))
 
 
 def _sum(values: Tensor) -> Tensor:
-    """(C,) of (N, C, +): over all dimensions but C."""
+    """The sum (C,) over all dimensions of (N, C, +) except C."""
     return values.sum((0, *range(2, values.dim())))
 
 
@@ -251,5 +250,5 @@ def _mean(values: Tensor) -> Tensor:
 
 
 def _variance(invstd: Tensor, eps: float) -> Tensor:
-    """As the kernels have it that are given no variance; float64."""
+    """The variance as the kernels compute it that receive only invstd; float64."""
     return 1 / invstd.double().square() - eps
