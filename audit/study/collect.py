@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from syncbn.conformance import ConformanceError, targets
 from syncbn.conformance.case import Case, Data, Step
 from syncbn.conformance.cases import catalogue
 from syncbn.conformance.expected import Expectations, expect
+from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.pool import Outcome, RankPool, went_wrong
 from syncbn.conformance.targets import Target
 from syncbn.reference import Bounded
@@ -59,16 +59,20 @@ class Layer:
 
     @property
     def why_left_out(self) -> str | None:
-        if self.target.backend == "twin" and not _TWIN.is_file():
+        if self.target.rung == "twin" and not _TWIN.is_file():
             return "the twin is not compiled (make kernels compiles it)"
-        if importlib.util.find_spec(self.target.framework) is None:
+        if not FRAMEWORKS[self.target.framework].installed:
             return f"{self.target.framework} is not installed"
         return None
 
 
-def _ours(framework: str, backend: str) -> Layer:
-    target = targets.parse(f"syncbn.{framework}", backend=backend)
-    return Layer(f"{framework} {backend}", True, target)
+def _layers_of_this_project() -> Iterator[Layer]:
+    """One for each backend, except interpreted ones, which are too slow for so many cases."""
+    for framework in FRAMEWORKS.values():
+        for backend in framework.backends.values():
+            if backend.on_cpu != "interpreted":
+                target = targets.parse(f"syncbn.{framework.name}", backend=backend.name)
+                yield Layer(f"{framework.name} {backend.name}", True, target)
 
 
 # The first is the baseline of the others' RMS errors.
@@ -77,11 +81,7 @@ LAYERS = (
     Layer("float64", True, _PLAIN, "Float64"),
     Layer("Welford", True, _PLAIN, "Welford"),
     Layer("float32 in chains", True, _PLAIN, "Chains"),
-    _ours("torch", "composed"),
-    _ours("torch", "aten"),
-    _ours("torch", "twin"),
-    _ours("mindspore", "composed"),
-    _ours("mindspore", "aclnn"),
+    *_layers_of_this_project(),
     Layer(ONE_PASS, False, _PLAIN, "OnePassVariance"),
     Layer(RAW_MOMENTS, False, _PLAIN, "RawMoments"),
     Layer(FLOAT16_STATISTICS, False, _PLAIN, "OnePassInFloat16"),

@@ -19,6 +19,7 @@ from audit.study.layers import Chains, Float64, Welford
 from syncbn.conformance import targets
 from syncbn.conformance.case import Case, Data, Step
 from syncbn.conformance.cases import catalogue
+from syncbn.conformance.frameworks import FRAMEWORKS
 
 TARGET = targets.parse("syncbn.torch")
 PAGE = "Text.\n" + "".join(
@@ -301,6 +302,8 @@ def test_the_command_runs_measures_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     by_name = {layer.name: layer for layer in collect.LAYERS}
+    framework = replace(FRAMEWORKS["torch"], name="lacking")
+    monkeypatch.setitem(FRAMEWORKS, "lacking", framework)
     lacking = replace(by_name["torch composed"], target=replace(TARGET, framework="lacking"))
     chosen = (by_name[SOUND.name], by_name[UNSOUND.name], lacking)
     monkeypatch.setattr(collect, "LAYERS", chosen)
