@@ -18,6 +18,12 @@ def count_of(shape: tuple[int, ...]) -> int:
     return shape[0] * math.prod(shape[2:])
 
 
+@ops.constexpr
+def axes_of_sums(dimensions: int) -> tuple[int, ...]:
+    """All axes but that of the channels."""
+    return (0, *range(2, dimensions))
+
+
 def canonical(x: Tensor) -> Tensor:
     """(N, C, *S) as (N, C, prod S), if it is not empty."""
     return x.reshape(x.shape[0], x.shape[1], -1)

@@ -33,7 +33,14 @@ from mindspore import Tensor, nn, ops
 from syncbn.mindspore.backends import Backend, statistics_dtype
 from syncbn.mindspore.graph import compiling
 from syncbn.mindspore.groups import Communicator, Group
-from syncbn.mindspore.layout import canonical, channel_sums, count_of, is_recorded, per_channel
+from syncbn.mindspore.layout import (
+    axes_of_sums,
+    canonical,
+    channel_sums,
+    count_of,
+    is_recorded,
+    per_channel,
+)
 
 # As an operator: MindSpore's own bprops use the function `ops.zeros_like`, and the compiler loses a
 # function that both derivatives call.
@@ -88,6 +95,37 @@ class Normalize(nn.Cell):
             found[5],
             found[5],
             found[6],
+        )
+
+
+class NormalizeByConstants(nn.Cell):
+    """y = (x - mean) * scale + bias in the dtype of x, with sums of the dtype of statistics.
+
+    mean, scale and bias are of shape (1, C, 1, ...), or bias is None. x keeps its shape, so that an
+    exported graph takes any batch size. Every derivative exists, with mean as a constant.
+    """
+
+    def construct(self, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        y = (x - mean.astype(x.dtype)) * scale.astype(x.dtype)
+        return y if bias is None else y + bias.astype(x.dtype)
+
+    def bprop(
+        self,
+        x: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        dout: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        axes = axes_of_sums(x.ndim)
+        dy = dout.astype(statistics_dtype())
+        centred = x.astype(statistics_dtype()) - mean.astype(statistics_dtype())
+        return (
+            dout * scale.astype(x.dtype),
+            _zeros_like(mean),
+            (dy * centred).sum(axes, keepdims=True).astype(scale.dtype),
+            None if bias is None else dy.sum(axes, keepdims=True).astype(bias.dtype),
         )
 
 

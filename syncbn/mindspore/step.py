@@ -25,7 +25,7 @@ from syncbn.mindspore.backends import Backend, statistics_dtype
 from syncbn.mindspore.graph import compiling, may_sync_host
 from syncbn.mindspore.groups import ALONE, Communicator, Group
 from syncbn.mindspore.layout import LeadingOnes, canonical, count_of
-from syncbn.mindspore.normalize import Normalize
+from syncbn.mindspore.normalize import Normalize, NormalizeByConstants
 from syncbn.protocol import PeerError, nothing_to_differentiate
 
 FLOATING = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
@@ -166,6 +166,7 @@ class StepCells:
         self.own_statistics = BatchStatistics(num_features, ALONE, backend)
         self.normalize_by_group = Normalize(backend, group)
         self.normalize_by_own = Normalize(backend, ALONE)
+        self.normalize_by_running = NormalizeByConstants()
         self.leading_ones = LeadingOnes()
 
 

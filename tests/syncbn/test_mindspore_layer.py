@@ -694,18 +694,22 @@ class TestWithMindSpore:
         assert all(map(same, taken.gradients.values(), expected.gradients.values()))
         assert_untouched(cast, state_of(plain))
 
-    @pytest.mark.parametrize("level", ["O2", "O3", "auto"])
-    def test_amp(self, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    @pytest.mark.parametrize("level", ["O1", "O2", "O3", "auto"])
+    def test_amp(
+        self, level: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.chdir(tmp_path)  # MindSpore writes what it rewrites where it runs
-        network = nn.SequentialCell(nn.Dense(3, 3), SyncBatchNorm(3)).set_train()
-        layer = network[1]
+        network = DenseAndNorm().set_train()
+        layer = network.norm
         network = ms.amp.auto_mixed_precision(network, level)
-        network(randn(500, 3))
+        forward(network, randn(500, 3), mode).asnumpy()
         assert np.allclose(layer.running_var.asnumpy(), 0.9, atol=0.5)
         assert layer.running_var.dtype == ms.float32
 
-    @pytest.mark.parametrize("mode", ["pynative", "graph"])
-    def test_recompute(self, mode: str) -> None:
+    @pytest.mark.parametrize(("mode", "forwards"), [("pynative", 2), ("graph", 1)])
+    def test_recompute(self, mode: str, forwards: int) -> None:
+        """In a graph MindSpore recomputes operations, so that the statistics move once."""
         plain, recomputed = make_layer(), make_layer()
         network = nn.SequentialCell(recomputed, nn.ReLU())
         recomputed.recompute()
@@ -713,6 +717,35 @@ class TestWithMindSpore:
         expected = step(nn.SequentialCell(plain, nn.ReLU()), x, dy, mode)
         taken = step(network, x, dy, mode)
         assert same(taken.dx, expected.dx)
+        assert int(recomputed.num_batches_tracked) == forwards  # type: ignore[arg-type]
+        theirs = nn.BatchNorm1d(3).set_train()
+        theirs.recompute()
+        step(nn.SequentialCell(theirs, nn.ReLU()), x, dy, mode)
+        kept = theirs.moving_mean.asnumpy() / x.asnumpy().mean(0)
+        assert np.allclose(kept, 1 - 0.9**forwards, rtol=1e-5)  # as MindSpore's own does
+
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5)], ids=str)
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_onnx(self, affine: bool, shape: tuple[int, ...], tmp_path: Path) -> None:
+        layer, x = make_layer(affine=affine).set_train(False), randn(*shape)
+        file = tmp_path / "layer.onnx"
+        ms.onnx.export(layer, x, file_name=str(file), input_names=["x"], output_names=["y"])
+        runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        (y,) = runtime.InferenceSession(str(file)).run(["y"], {"x": x.asnumpy()})
+        (expected,) = reference_of(layer).forward([numpy_of(x)], training=False)
+        assert_within("y", Tensor(y), expected)
+
+
+class DenseAndNorm(nn.Cell):
+    """A cell of a user, whose source amp level O1 rewrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Dense(3, 3)
+        self.norm = SyncBatchNorm(3)
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.norm(self.dense(x))
 
 
 class TestBackend:
