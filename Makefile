@@ -64,6 +64,10 @@ findings: $(READY) ## judge MindSpore's own operator, write docs/mindspore-confo
 	$(VENV)/bin/syncbn-conformance report findings --out docs/mindspore-conformance.md \
 	  reports/out/mindspore.mint-4 reports/out/mindspore.mint-1
 
+.PHONY: versions
+versions: $(READY) ## judge the layer on the oldest and newest torch (8 GB in .versions)
+	$(RUN) -m audit versions
+
 .PHONY: test
 test: $(READY) ## the tests of everything (PYTEST_ARGS=... for pytest)
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
@@ -87,7 +91,7 @@ lint: $(READY) ## ruff and mypy
 
 .PHONY: clean
 clean: ## remove .venv, .toolchain, caches, build output and reports
-	rm -rf $(VENV) .toolchain build dist *.egg-info reports/out benchmarks/out
+	rm -rf $(VENV) .versions .toolchain build dist *.egg-info reports/out benchmarks/out
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

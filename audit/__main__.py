@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from audit import ladder
+from audit import ladder, versions
 from audit.failures import known, page
 from audit.mutants import run as mutants
 from audit.mutants.results import FRAMEWORKS
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _mutate_options(add("mutate", _mutate, "Run the suite on random changes to syncbn.torch."))
     _failures_options(add("failures", _failures, "Write which cases catch which known failure."))
     _study_options(add("study", _study, "Calibrate the bound on sound and unsound layers."))
+    _versions_options(add("versions", _versions, "Judge the oldest and the newest torch."))
     _kernels_steps(
         commands.add_parser("kernels", help="Prove the Triton kernels without a device.")
     )
@@ -133,6 +134,16 @@ def _study(options: argparse.Namespace) -> int:
         document=options.document,
         console=_console(),
     )
+
+
+def _versions_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, default=Path(".versions"), help="of environments")
+    parser.add_argument("--ranks", type=_positive, default=4, help="default 4")
+    parser.add_argument("--document", type=Path, default=Path("docs/versions.md"))
+
+
+def _versions(options: argparse.Namespace) -> int:
+    return versions.main(options.folder, options.ranks, options.document, _console())
 
 
 def _kernels_steps(parser: argparse.ArgumentParser) -> None:
