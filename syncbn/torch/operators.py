@@ -165,13 +165,30 @@ def _double_backward_fake(
 # Gradients
 
 
+def _saved(ctx: Any, sums: int) -> tuple[Any, ...]:
+    """The tensors that the forward saved.
+
+    Reading them may raise, for example after an in-place change. The other ranks wait for this one
+    in an all_reduce of so many sums, so it joins that with its error.
+    """
+    try:
+        saved: tuple[Any, ...] = ctx.saved_tensors
+    except Exception as error:
+        num_features, dtype, device = ctx.statistics
+        nothing = torch.zeros(sums, num_features, dtype=dtype, device=device)
+        step.sum_over_ranks(nothing, error, Communicator.of_key(ctx.group))
+        raise
+    return saved
+
+
 def _save_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, mean, invstd, n, ctx.group, ctx.backend = inputs
+    ctx.statistics = mean.shape[0], mean.dtype, mean.device
     ctx.save_for_backward(x, weight, mean, invstd, n)
 
 
 def _differentiate_normalize(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, mean, invstd, n = ctx.saved_tensors
+    x, weight, mean, invstd, n = _saved(ctx, sums=2)
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     twice = torch.is_grad_enabled() or not _is_plain(dy)
     function = torch.ops.syncbn.backward if twice else step.backward
@@ -186,6 +203,8 @@ def _differentiate_normalize(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *saved, ctx.wants_x, ctx.group, _ = inputs
+    mean = saved[3]
+    ctx.statistics = mean.shape[0], mean.dtype, mean.device
     ctx.save_for_backward(*saved)
     ctx.set_materialize_grads(False)
 
@@ -193,10 +212,11 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate_backward(
     ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
+    saved = _saved(ctx, sums=7)
     grad_dy, grad_x, grad_weight = torch.ops.syncbn.double_backward(
-        ddx if ctx.wants_x else None, ddweight, ddbias, *ctx.saved_tensors, ctx.group
+        ddx if ctx.wants_x else None, ddweight, ddbias, *saved, ctx.group
     )
-    weight = ctx.saved_tensors[2]
+    weight = saved[2]
     return grad_dy, grad_x, None if weight is None else grad_weight, *(None,) * 6
 
 

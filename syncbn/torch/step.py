@@ -157,7 +157,7 @@ def backward(
                 torch.empty_like(rows)  # memory for dx, which the allocator keeps
         except Exception as caught:
             error = caught
-        of_group = _sum_over_ranks(sums, error, communicator)
+        of_group = sum_over_ranks(sums, error, communicator)
         parameter_dtype = mean.dtype if weight is None else weight.dtype
         grad_weight = (sums[1] * invstd).to(parameter_dtype)
         grad_bias = sums[0].to(parameter_dtype, copy=True)
@@ -222,7 +222,7 @@ def double_backward(
             )
         except Exception as caught:
             error = caught
-        means = _sum_over_ranks(sums, error, communicator) / n.clamp(min=1)
+        means = sum_over_ranks(sums, error, communicator) / n.clamp(min=1)
         e_d, e_dc, e_g, e_gc, e_gd, e_ud, e_udc = means.view(7, 1, -1, 1)
         grad_weight = invstd * (sum_gd - means[0] * sum_g - invstd.square() * means[1] * sum_gc)
         s, w, u, v = (t.view(1, -1, 1) for t in (invstd, w, u, v))
@@ -289,7 +289,7 @@ def _gather(
     return table
 
 
-def _sum_over_ranks(sums: Tensor, error: Exception | None, communicator: Communicator) -> Tensor:
+def sum_over_ranks(sums: Tensor, error: Exception | None, communicator: Communicator) -> Tensor:
     """The sums of all ranks, none of which has failed. `sums` keeps those of this rank."""
     if len(communicator.ranks) == 1:
         if error:
