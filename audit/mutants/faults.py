@@ -908,6 +908,31 @@ class RaisesAlone(Fault):
         return super().exchange(x, dtype, *rest)
 
 
+class IgnoresOtherLayers(Fault):
+    """Ranks whose layers differ train together.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("ERR-9",)
+
+    def disagreement(self, headers: list[list[float]], ranks: tuple[int, ...]) -> str | None:
+        return None
+
+
+class RaisesAloneInBackward(Fault):
+    """A rank that fails in the backward raises before the all_reduce, where the others wait for it.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("ERR-9",)
+    frameworks = ("torch",)  # the suite cannot make a backward of MindSpore fail
+
+    def fail_backward(self, communicator: Communicator | None) -> None:
+        pass
+
+
 class HidesIdleRanks(Fault):
     """A rank with nothing to differentiate sends the mark BACKWARD, and the others wait for it.
 

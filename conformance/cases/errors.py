@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from syncbn.conformance.case import ExpectedError, Step
 from syncbn.conformance.cases.build import MOVED, Draft, case, cases_of, even, uneven
@@ -73,3 +74,20 @@ def failing_together(ranks: int) -> Iterator[Draft]:
         yield case(
             "one group fails, the other goes on", bad, good, groups=halves, checks=("y", *MOVED)
         )
+    mixed = (*["float32"] * last, "bfloat16")
+    for title, own, step in (
+        ("4 channels", {"num_features": 4}, Step((*good.shapes[:-1], (2, 4, 4)))),
+        ("eps=0.1", {"eps": 0.1}, good),
+        ("momentum=0.5", {"momentum": 0.5}, good),
+        ("momentum=None", {"momentum": None}, good),
+        ("track_running_stats=False", {"track_running_stats": False}, good),
+        ("dtype=bfloat16", {"dtype": "bfloat16"}, replace(good, dtype=mixed)),
+    ):
+        differs = replace(step, error=ExpectedError("Exception", (last,)))
+        title = f"the layer of the last rank has {title}"
+        yield case(title, differs, layers=((last, own),), checks=MOVED)
+    for rank in (0, last):
+        error = ExpectedError("RuntimeError", (rank,), in_backward=True)
+        bad = replace(good, lost=(rank,), error=error)
+        title = f"rank {rank} cannot read what it saved for the backward"
+        yield case(title, good, bad, good, checks=("y", *MOVED))
