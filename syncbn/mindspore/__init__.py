@@ -4,7 +4,8 @@ from syncbn.extras import require
 
 require("syncbn.mindspore", "mindspore", "mindspore")
 
+from syncbn.mindspore.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.mindspore.groups import create_group
 from syncbn.mindspore.layer import SyncBatchNorm
 
-__all__ = ["SyncBatchNorm", "create_group"]
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "create_group", "revert_sync_batchnorm"]

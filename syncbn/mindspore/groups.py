@@ -118,6 +118,12 @@ def resolve(process_group: Any) -> Group:
         ) from error
 
 
+@ops.constexpr
+def communication_began(everyone: bool, before: bool) -> bool:
+    """Whether a layer for all ranks (process_group=None) was built before communication began."""
+    return everyone and not before and bool(GlobalComm.INITED)
+
+
 class Communicator(nn.Cell):
     """The ranks that take a step together, and their two collectives, which also compile.
 

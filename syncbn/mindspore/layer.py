@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore._c_expression import MixedPrecisionType
+from mindspore.communication import GlobalComm
 from mindspore.rewrite.common import namespace
 
 from syncbn.contract import SINGLE_VALUE, check_arguments, check_dtype
 from syncbn.mindspore import backends
 from syncbn.mindspore.backends import statistics_dtype
 from syncbn.mindspore.graph import compiling, may_sync_host, note_compiled, was_compiled
-from syncbn.mindspore.groups import ALONE, resolve
+from syncbn.mindspore.groups import ALONE, communication_began, resolve
 from syncbn.mindspore.layout import count_of, per_channel
 from syncbn.mindspore.settings import Settings, Values
 from syncbn.mindspore.step import FLOATING, StepCells, problem_of, raise_problem
+
+_CellT = TypeVar("_CellT", bound=nn.Cell)
 
 
 class SyncBatchNorm(nn.Cell):
@@ -112,12 +115,12 @@ class SyncBatchNorm(nn.Cell):
         self._build_cells(process_group, backend)
 
     def construct(self, x: Tensor) -> Tensor:
-        if compiling():
-            note_compiled(self._settings.layer)
         if self.training:
             return self._train(x)
         if self.running_mean is not None:
             return self._evaluate(x)
+        if compiling():
+            note_compiled(self._settings.layer)
         problem = problem_of(x, self.num_features, self.weight)
         raise_problem(problem)
         mean, _, invstd, n = self._step.own_statistics(
@@ -212,6 +215,7 @@ class SyncBatchNorm(nn.Cell):
         operations = backends.load(backend)
         group = resolve(process_group)
         self._process_group, self._backend = process_group, backend
+        self._found_communication = bool(GlobalComm.INITED)
         self._is_member = group.place is not None
         trains_with = group if self._is_member else ALONE
         self._step = StepCells(self.num_features, trains_with, operations)
@@ -230,6 +234,15 @@ class SyncBatchNorm(nn.Cell):
             raise ValueError(
                 "process_group must contain the rank that trains, got a group without it"
             )
+        if communication_began(self._process_group is None, self._found_communication):
+            if compiling():
+                raise RuntimeError(
+                    "SyncBatchNorm was built before mindspore.communication.init was called. Set "
+                    "its group again before it is compiled: layer.process_group = None"
+                )
+            self._build_cells(None, self._backend)
+        if compiling():
+            note_compiled(self._settings.layer)
         problem = problem_of(x, self.num_features, self.weight)
         # Read once, before a parameter is written: a graph would read again for the backward, and
         # copy what it reads around the write; on CPU a copy of float64 is rounded to float32.
@@ -299,6 +312,22 @@ class SyncBatchNorm(nn.Cell):
             self.num_batches_tracked = Parameter(
                 zero, name="num_batches_tracked", requires_grad=False
             )
+
+    @classmethod
+    def convert_sync_batchnorm(cls, network: _CellT, process_group: Any = None) -> _CellT:
+        """See `syncbn.mindspore.convert.convert_sync_batchnorm`."""
+        from syncbn.mindspore import convert  # which imports this module
+
+        return convert.convert_sync_batchnorm(network, process_group)
+
+    @classmethod
+    def revert_sync_batchnorm(
+        cls, network: _CellT, batch_norm: type[nn.Cell] | None = None
+    ) -> _CellT:
+        """See `syncbn.mindspore.convert.revert_sync_batchnorm`."""
+        from syncbn.mindspore import convert
+
+        return convert.revert_sync_batchnorm(network, batch_norm)
 
     def extend_repr(self) -> str:
         backend = "" if self.backend == "auto" else f", backend={self.backend!r}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ.setdefault("GLOG_v", "3")  # errors only, or MindSpore writes pages of warnings
 
@@ -11,6 +12,7 @@ import mindspore as ms
 import numpy as np
 import numpy.typing as npt
 from mindspore import Tensor, nn
+from mindspore.communication import GlobalComm, get_rank
 
 from syncbn import reference
 from syncbn.mindspore import SyncBatchNorm
@@ -54,6 +56,20 @@ class Branches(nn.Cell):
 
     def _side_by_side(self, name: str) -> Tensor:
         return Tensor(np.concatenate([getattr(cell, name).asnumpy() for cell in self.cells()]))
+
+
+class LateGroups(nn.Cell):
+    """Two layers for all ranks: one is older than communication, one had another group at first."""
+
+    def __init__(self, num_features: int, **arguments: Any) -> None:
+        super().__init__()
+        with mock.patch.object(GlobalComm, "INITED", False):
+            self.old = SyncBatchNorm(num_features, **arguments)
+        self.changed = SyncBatchNorm(num_features, process_group=[get_rank()], **arguments)
+        self.changed.process_group = None
+
+    def construct(self, x: Tensor) -> Tensor:
+        return self.old(x) + self.changed(x)
 
 
 class FirstGradient(nn.Cell):

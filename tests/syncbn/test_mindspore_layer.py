@@ -21,6 +21,7 @@ pytest.importorskip("mindspore", reason="MindSpore is not installed")
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
+from mindspore.communication import GlobalComm
 from mindspore.graph.api import _pynative_executor
 
 from syncbn import reference
@@ -595,6 +596,39 @@ class TestLiveAttributes:
         with pytest.raises(ValueError, match=r"track_running_stats .* built without"):
             layer.track_running_stats = True
         assert not layer.track_running_stats
+
+    def test_a_group_may_come_late(self) -> None:
+        target = targets.parse("mindspore:tests/syncbn/mindspore_layers.py:LateGroups")
+        shapes = ((5, 3, 2), (2, 3, 2))
+        steps = (CaseStep(shapes, "train"),)
+        case = Case("FWD-5", "late", 2, {"num_features": 3}, steps, ("y",), state="initial")
+        with RankPool(target, 2) as pool:
+            outcome = pool.run(case)
+        xs = [shard(case, 0, rank) for rank in range(2)]
+        expected = reference.SyncBatchNorm(3).forward(xs)
+        for rank, answer in enumerate(outcome.answers):
+            assert answer is not None
+            assert [s.get("error") for s in answer.content["steps"]] == [None]
+            got = answer.arrays["0/y"] / 2
+            np.testing.assert_allclose(got, expected[rank].value, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    def test_communication_that_begins_late(
+        self, mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A graph refuses to train with the group that it would keep."""
+        layer, x = make_layer(), randn(5, 3)
+        forward(layer.set_train(False), x, mode)
+        group = groups.Group((0,), None, 0)
+        monkeypatch.setattr(GlobalComm, "INITED", True)
+        monkeypatch.setattr(layer_module, "resolve", lambda process_group: group)
+        layer.set_train()
+        if mode == "graph":
+            with pytest.raises(RuntimeError, match=r"layer\.process_group = None"):
+                forward(layer, x, mode)
+            layer.process_group = None
+        (expected,) = reference_of(layer).forward([numpy_of(x)])
+        assert_within("y", forward(layer, x, mode), expected)
 
     def test_a_compiled_graph_keeps_its_group_and_backend(self) -> None:
         """They cannot be changed there, so that is refused."""
