@@ -31,7 +31,13 @@ UNSHIPPED = ("audit", "tests", "benchmarks", "examples")
 FRAMEWORKS = ("torch", "torch_npu", "mindspore", "triton")
 
 # Small modules without a framework, which every part of syncbn may use.
-BASE = ("syncbn.backends", "syncbn.contract", "syncbn.extras", "syncbn.protocol")
+BASE = (
+    "syncbn.backends",
+    "syncbn.checkpoints",
+    "syncbn.contract",
+    "syncbn.extras",
+    "syncbn.protocol",
+)
 
 
 class Rule(NamedTuple):

@@ -4,8 +4,16 @@ from syncbn.extras import require
 
 require("syncbn.mindspore", "mindspore", "mindspore")
 
+from syncbn.mindspore.checkpoints import arrays_of, load_arrays
 from syncbn.mindspore.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.mindspore.groups import create_group
 from syncbn.mindspore.layer import SyncBatchNorm
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "create_group", "revert_sync_batchnorm"]
+__all__ = [
+    "SyncBatchNorm",
+    "arrays_of",
+    "convert_sync_batchnorm",
+    "create_group",
+    "load_arrays",
+    "revert_sync_batchnorm",
+]

@@ -15,6 +15,7 @@ import mindspore as ms
 from mindspore import Parameter, mint, nn
 from mindspore.communication import GlobalComm, get_rank
 
+from syncbn.checkpoints import MINDSPORE_NN
 from syncbn.contract import check_arguments
 from syncbn.mindspore.groups import resolve
 from syncbn.mindspore.layer import SyncBatchNorm
@@ -34,14 +35,7 @@ _SIMILAR = (
     SyncBatchNorm,
 )
 
-# The names that mindspore.nn has for the parameters of all other layers.
-NN_NAMES = {
-    "weight": "gamma",
-    "bias": "beta",
-    "running_mean": "moving_mean",
-    "running_var": "moving_variance",
-}
-_SAME_NAMES = {name: name for name in (*NN_NAMES, "num_batches_tracked")}
+_SAME_NAMES = {name: name for name in (*MINDSPORE_NN, "num_batches_tracked")}
 
 # The attributes of every cell that a layer's class decides.
 _OF_CLASS = ("_params", "_cells", "_primitives", "mixed_precision_type", "_lazy_construct_sig")
@@ -211,7 +205,7 @@ def _core(layer: Any) -> Any:
 
 def _read(layer: Any) -> _Norm:
     core = _core(layer)
-    names = NN_NAMES if isinstance(core, _NN_BASE) else _SAME_NAMES
+    names = MINDSPORE_NN if isinstance(core, _NN_BASE) else _SAME_NAMES
     found = {ours: core._params.get(theirs) for ours, theirs in names.items()}
     parameters = {name: parameter for name, parameter in found.items() if parameter is not None}
     prefix = next((p.name.rpartition(".")[0] for p in parameters.values()), "")
@@ -276,7 +270,7 @@ def _make(change: _Change) -> None:
     """Make the layer of a change what `fresh` is, with the parameters that it has."""
     layer, fresh, norm = change
     core = _core(fresh)
-    names = NN_NAMES if isinstance(core, _NN_BASE) else _SAME_NAMES
+    names = MINDSPORE_NN if isinstance(core, _NN_BASE) else _SAME_NAMES
     for name, parameter in norm.parameters.items():
         if name in names:
             core._params[names[name]] = parameter

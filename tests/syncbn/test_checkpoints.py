@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from syncbn.checkpoints import from_mindspore_nn, to_mindspore_nn
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 IMAGES = np.random.default_rng(1).normal(2, 3, (4, 3, 6, 6)).astype(np.float32)
 
@@ -108,6 +110,57 @@ def test_there_and_back_again_the_output_is_equal(
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(moved: dict[str, Any]) -> None:
-    parameters = moved["to_mindspore"](moved["trained"].state_dict())
-    with pytest.raises(ValueError, match=r"not in the checkpoint: \[.*'1\.gamma'"):
-        moved["load"](moved["classic"], parameters)
+    import syncbn.mindspore
+    import syncbn.torch
+
+    state = syncbn.torch.arrays_of(moved["trained"])
+    wide = torch.nn.Sequential(*moved["trained"][:1], torch.nn.BatchNorm2d(9))
+    for load, network, message in (
+        (syncbn.mindspore.load_arrays, moved["classic"], r"not in the checkpoint: \[.*'1\.gamma'"),
+        (syncbn.torch.load_arrays, moved["back"][:1], r"not in the module: \['1\.weight'"),
+        (syncbn.torch.load_arrays, wide, r"another shape: \['1\.weight: \(8,\), not \(9,\)'"),
+    ):
+        before = arrays(network)
+        with pytest.raises(ValueError, match=message):
+            load(network, state)
+        assert differing(arrays(network), before) == []
+
+
+def test_bfloat16_travels_as_float32() -> None:
+    import syncbn.torch
+
+    layer = syncbn.torch.SyncBatchNorm(2, dtype=torch.bfloat16)
+    torch.nn.init.constant_(layer.weight, 0.3)
+    copy = syncbn.torch.SyncBatchNorm(2, dtype=torch.bfloat16)
+    found = syncbn.torch.arrays_of(layer)
+    assert found["weight"].dtype == np.float32
+    syncbn.torch.load_arrays(copy, found)
+    assert torch.equal(copy.weight, layer.weight)
+
+
+def test_only_batch_normalization_is_renamed() -> None:
+    plain = {
+        "fc.weight": 0,
+        "bn.weight": 1,
+        "bn.bias": 2,
+        "bn.running_mean": 3,
+        "bn.running_var": 4,
+        "bn.num_batches_tracked": 5,
+        "ln.gamma": 6,
+    }
+    of_nn = {
+        "fc.weight": 0,
+        "bn.gamma": 1,
+        "bn.beta": 2,
+        "bn.moving_mean": 3,
+        "bn.moving_variance": 4,
+        "ln.gamma": 6,
+    }
+    assert to_mindspore_nn(plain) == of_nn
+    assert from_mindspore_nn(of_nn, 5) == plain
+    of_3d = {key.replace("bn.", "bn.bn2d."): value for key, value in of_nn.items()}
+    assert from_mindspore_nn(of_3d, 5) == plain
+    alone = {"gamma": 1, "beta": 2, "mean": 3, "variance": 4}
+    assert from_mindspore_nn(alone, 5) == {
+        key.removeprefix("bn."): value for key, value in plain.items() if key.startswith("bn.")
+    }
