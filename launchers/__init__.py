@@ -1,7 +1,7 @@
-"""How rank processes start. A launcher starts one command on every rank and gives a Job to hold.
+"""How rank processes start. A launcher starts one command on every rank and returns a Job.
 
-The command dials the controller by itself (syncbn.conformance.ranks.worker), so launchers differ
-only in how processes come to life, not in how they are spoken to.
+The command connects to the controller by itself (syncbn.conformance.ranks.worker). So launchers
+differ only in how they start processes, not in how the controller talks to these.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from syncbn.launchers import local, msrun
 
 
 class Job(Protocol):
-    """The processes of one start, whichever way they were started."""
+    """The processes of one start."""
 
     def dump_stacks(self) -> None:
-        """Ask every rank that lives to write the stacks of its threads to its output."""
+        """Make every living rank write the stacks of its threads to its output."""
 
     def ended(self) -> list[int]:
         """The ranks whose process has ended."""
 
     def output(self, rank: int) -> str:
-        """What a rank has written to stdout and stderr so far."""
+        """The text that a rank has written to stdout and stderr so far."""
 
     def stop(self) -> None:
-        """End every process, by force, and wait until none is left."""
+        """Kill every process, and wait until all have ended."""
 
 
 class Launcher(Protocol):
@@ -35,7 +35,7 @@ class Launcher(Protocol):
         """Start `command` on every rank with RANK, WORLD_SIZE, LOCAL_RANK and `environment`.
 
         Raises:
-            OSError: what starts the ranks is not there.
+            OSError: the program that starts the ranks does not exist.
         """
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class LocalJob:
-    """One child process per rank, each writing to a file of its own."""
+    """One child process for each rank. Each writes to a file of its own."""
 
     def __init__(self, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> None:
         self._logs = Path(tempfile.mkdtemp(prefix="syncbn-ranks-"))
@@ -26,13 +26,9 @@ class LocalJob:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C in a terminal is for the controller alone
+                    start_new_session=True,  # Ctrl-C in a terminal reaches only the controller
                 )
             self._processes.append(process)
-
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
 
     def dump_stacks(self) -> None:
         for process in self._processes:

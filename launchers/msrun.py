@@ -1,10 +1,10 @@
-"""Ranks that msrun starts, as MindSpore's users start theirs, on this machine. Needs Linux.
+"""Ranks that msrun starts on this machine, as MindSpore's users start theirs. Needs Linux.
 
-msrun starts what it is given once for each rank and once more as the scheduler, through which the
-ranks meet in mindspore.communication.init(). What it is given is this file, which then becomes the
-command or the scheduler. msrun runs without --join, for with it the peers of a rank that fails are
-killed before they can tell what they saw; so it ends as soon as all have started, and they are
-found again by a mark in their environment.
+msrun starts a program once for each rank, and once more as the scheduler, through which the ranks
+meet in mindspore.communication.init(). That program is this file, which becomes the command or the
+scheduler. msrun runs without --join, because with that it kills the peers of a rank that fails
+before they can report. So msrun ends as soon as all processes have started, and a mark in their
+environment finds them again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MsrunJob:
             )
         self._ranks = ranks
         self._logs = Path(tempfile.mkdtemp(prefix="syncbn-msrun-"))
-        # msrun starts the first python3 that it finds: it must be this one.
+        # msrun starts the first python3 in PATH, which must be this one.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         options = {
             "worker_num": ranks,
@@ -49,7 +49,7 @@ class MsrunJob:
             "master_port": _free_port(),
             "log_dir": self._logs,
         }
-        # The pipe is for the scheduler, which is to end with the controller.
+        # The scheduler reads the pipe, so that it ends with the controller.
         with self._own_log.open("wb") as log:
             self._msrun = subprocess.Popen(
                 [
@@ -61,7 +61,7 @@ class MsrunJob:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in a terminal is for the controller alone
+                start_new_session=True,  # so that Ctrl-C in a terminal reaches only the controller
             )
 
     def dump_stacks(self) -> None:
@@ -70,19 +70,19 @@ class MsrunJob:
                 os.kill(pid, signal.SIGUSR1)
 
     def ended(self) -> list[int]:
-        if self._msrun.poll() is None:  # it may not have started all of them yet
+        if self._msrun.poll() is None:  # some may not have started yet
             return []
         workers = self._workers()
         return [rank for rank in range(self._ranks) if rank not in workers]
 
     def output(self, rank: int) -> str:
-        if self._msrun.poll():  # it failed itself, and says why
+        if self._msrun.poll():  # msrun failed, and its log has the reason
             return self._own_log.read_text(errors="replace")
         log = self._logs / f"worker_{rank}.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
     def stop(self) -> None:
-        with self._msrun:  # first, so that it starts no more
+        with self._msrun:  # first, so that it starts no more processes
             self._msrun.kill()
         while processes := list(self._processes()):
             for pid, _ in processes:
@@ -96,19 +96,19 @@ class MsrunJob:
         return self._logs / "msrun.log"
 
     def _workers(self) -> dict[int, int]:
-        """The process id of each rank that lives; not of what a rank has started itself."""
-        found = {}
+        """The process id of each living rank, without the processes that a rank has started."""
+        by_rank = {}
         for pid, environment in self._processes():
             with contextlib.suppress(ProcessLookupError):
                 # msrun gives every rank a session of its own.
                 if environment.get("MS_ROLE") == "MS_WORKER" and os.getsid(pid) == pid:
-                    found[int(environment["MS_NODE_ID"])] = pid
-        return found
+                    by_rank[int(environment["MS_NODE_ID"])] = pid
+        return by_rank
 
     def _processes(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """Every process of this start, with the environment that it began with."""
+        """Every process of this start, with its initial environment."""
         for place in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            with contextlib.suppress(OSError):  # it has just ended, or belongs to another user
                 lines = os.fsdecode(place.read_bytes()).split("\0")
                 environment = dict(line.split("=", 1) for line in lines if "=" in line)
                 if environment.get(_MARK) == str(self._logs):
@@ -123,15 +123,15 @@ def _free_port() -> int:
 
 
 def _schedule() -> None:
-    """Be the scheduler as long as the controller lives, whose end closes the pipe at stdin."""
-    # In a child, for init() never lets another thread run.
+    """Be the scheduler until the controller ends, which closes the pipe at stdin."""
+    # In a child process, because init() lets no other thread run.
     scheduler = subprocess.Popen([sys.executable, "-c", _SCHEDULER], stdin=subprocess.DEVNULL)
     sys.stdin.read()
     scheduler.kill()
 
 
 def _become(command: list[str]) -> None:
-    """Be a rank: run the command in place of this process."""
+    """Be a rank: replace this process by the command."""
     os.environ["RANK"] = os.environ["MS_NODE_ID"]
     os.environ["WORLD_SIZE"] = os.environ["MS_WORKER_NUM"]
     os.environ["LOCAL_RANK"] = os.environ["DEVICE_ID"]

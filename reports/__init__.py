@@ -3,13 +3,13 @@
     report = reports.load("runs/1/report.json")
     reports.summarize(report, rich.console.Console())
 
-A report is a plain dict of JSON values, described field by field in `schema/report-1.json`. The
-conformance runner builds it and saves it when a run ends; here it is checked, kept and shown, and
-never judged again. Nothing else of the repository is imported, so that a report can be read
-without a framework.
+A report is a plain dict of JSON values; `schema/report-1.json` describes each field. The suite
+builds and saves it when a run ends (syncbn.conformance.report). This package checks, saves, loads
+and shows it, and never judges again. It imports no other part of syncbn that needs a
+framework, so that a report can be read everywhere.
 
-`syncbn-conformance report show FILE` prints the table of a report, `findings FILE...` writes a
-document.
+`syncbn-conformance report show FILE` prints the table of a report; `report findings FILE...` writes
+a Markdown page.
 """
 
 from syncbn.extras import require

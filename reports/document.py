@@ -21,14 +21,14 @@ SCHEMA: dict[str, Any] = json.loads(
 
 
 class ReportError(ValueError):
-    """A report that cannot be read, written or believed. The message is one line."""
+    """A report that cannot be read or written, or is not valid. The message is one line."""
 
 
 def validate(report: Report) -> None:
     """Check that a report obeys the schema and does not contradict itself.
 
-    Beyond the schema: a case names a clause of the report, the counts of the summary are those
-    of the clauses and cases, and the verdict is not "pass" while a required clause is not.
+    Apart from the schema: a case names a clause of the report, the counts of the summary are those
+    of the clauses and cases, and the verdict is "pass" only if every required clause passes.
 
     Raises:
         ReportError: with the place, the value and the rule, as in
@@ -48,8 +48,8 @@ def validate(report: Report) -> None:
 def save(report: Report, path: str | os.PathLike[str]) -> None:
     """Write a report as UTF-8 JSON; its directory must exist.
 
-    The file appears whole or not at all: whatever interrupts the writing, a report that was there
-    before stays as it was, and no other file is left.
+    The file appears whole or not at all. If writing is interrupted, an older report stays as it
+    was, and no other file is left.
 
     Raises:
         ReportError: the report is not valid, or the system refuses, as in
@@ -57,7 +57,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
     """
     validate(report)
     path = Path(path)
-    # Not tempfile: its files are readable by their owner only, which CI artifacts must not be.
+    # Not tempfile: only the owner can read its files, but everybody must read CI artifacts.
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         try:
@@ -77,8 +77,8 @@ def load(path: str | os.PathLike[str]) -> Report:
     """Read a report and check it.
 
     Raises:
-        ReportError: there is no such file, it cannot be read, it is not JSON, not a report, one
-            of another version, or not valid.
+        ReportError: the file does not exist, cannot be read, is not JSON, or is not a valid report
+            of this version.
     """
     try:
         report = json.loads(Path(path).read_bytes(), parse_constant=_refuse_constant)
@@ -115,8 +115,8 @@ def _check_consistency(report: Report) -> None:
                 f"cases[{index}].clause: must be a clause of the report, got {case['clause']!r}"
             )
     required = [clause for clause in clauses if clause["required"]]
-    for name, judged in (("required", required), ("cases", cases)):
-        counted = Counter(one["verdict"] for one in judged)
+    for name, rows in (("required", required), ("cases", cases)):
+        counted = Counter(row["verdict"] for row in rows)
         for verdict, count in summary[name].items():
             if count != counted[verdict]:
                 raise ReportError(
@@ -139,6 +139,6 @@ def _refuse_constant(name: str) -> None:
 
 
 def _shorten(message: str, width: int = 300) -> str:
-    """Without its middle, as jsonschema puts the value first and the rule last."""
+    """The message without its middle; jsonschema puts the value first and the rule last."""
     half = width // 2
     return message if len(message) <= width else f"{message[:half]} ... {message[-half:]}"

@@ -1,4 +1,4 @@
-"""What runs found about one target, as a Markdown document: statement, what it does, how to see."""
+"""The findings of runs of one target, as a Markdown page: a section for each clause."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from syncbn.reports.document import Report, ReportError
 from syncbn.reports.table import replay_command
 
-_SHOWN = 4  # failing cases of a clause and a run
+_SHOWN = 4  # failing cases of one clause in one run
 _RUNGS = {
     "device": "the layer itself",
     "substituted": "the layer's own code, with substitutes for the kernels and collectives that "
@@ -17,24 +17,24 @@ _RUNGS = {
     "MindSpore's own operator uses none of them",
 }
 _INTRODUCTION = """\
-Statement by statement, what the layer did in the runs below, and the command that shows it again.
-The statements are the clauses of the [contract](contract.md): first those that the operator's page
-makes, then what the page leaves open and the contract decides.
+For each clause of the [contract](contract.md): what the layer did in the runs below, and the
+commands that show it again. First come the clauses that the operator's page states, then those that
+the page leaves open and the contract decides.
 
-"pass" means: as the clause says, in all its cases. What a case is, and how numbers are judged, is
-told in [conformance.md](conformance.md).
+"pass" means that the layer obeys the clause in all its cases. [conformance.md](conformance.md)
+describes what a case is and how numbers are judged.
 """
 
 
 def findings(reports: Sequence[Report], command: str) -> str:
-    """The document of one or more runs of one target.
+    """The page of one or more runs of one target.
 
     Args:
-        reports: the runs, for example on different numbers of ranks.
-        command: how this document was made, to stand in it.
+        reports: the reports, for example of runs on different numbers of ranks.
+        command: the command that makes the page, which names it.
 
     Raises:
-        ReportError: there is no report, or they are not of one target.
+        ReportError: there is no report, or the reports are of different targets.
     """
     names = {report["target"]["name"] for report in reports}
     if len(names) != 1:
@@ -49,7 +49,7 @@ def findings(reports: Sequence[Report], command: str) -> str:
         "",
         _INTRODUCTION,
         *_runs(reports),
-        "## What the page says",
+        "## What the page states",
         "",
         *_clauses(reports, documented=True),
         "## What the page leaves open",
@@ -103,11 +103,11 @@ def _clause(report: Report, clause: Any) -> list[str]:
         return [f"- {ranks}: not run ({clause['reason']})"]
     failing = [case for case in cases if case["verdict"] in ("fail", "hang", "crash")]
     unsupported = [case for case in cases if case["verdict"] == "unsupported"]
-    asked = len(cases) - len(unsupported)
+    judged = len(cases) - len(unsupported)
     if failing:
-        head = f"- {ranks}: **{clause['verdict']}** in {len(failing)} of {asked} cases"
+        head = f"- {ranks}: **{clause['verdict']}** in {len(failing)} of {judged} cases"
     else:
-        head = f"- {ranks}: pass, {asked} cases" if asked else f"- {ranks}: could not be asked"
+        head = f"- {ranks}: pass, {judged} cases" if judged else f"- {ranks}: unsupported"
     if unsupported:
         head += f"; {len(unsupported)} unsupported ({_line(unsupported[0])})"
     lines = [head]
@@ -124,7 +124,7 @@ def _clause(report: Report, clause: Any) -> list[str]:
 def _line(case: Any) -> str:
     """The message of a case, as one line of Markdown."""
     text = " ".join((case["message"] or "").split())
-    # Alike on every machine: no folder of an environment, no address of an object.
+    # The same on every machine: no folder of an environment, no address of an object.
     text = re.sub(r'"[^"]*/site-packages/', '"', text)
     text = re.sub(r"\b0x[0-9a-f]{8,}", "0x...", text)
     for character in "\\`*_<>|[]":

@@ -25,16 +25,16 @@ _STYLES = {
 _OF_ORACLE = ("oracle departs", "no answer")
 _FAILING = ("fail", "hang", "crash")
 _CASES_SHOWN = 3
-_LINES_SHOWN = 6  # of a message, which may hold the stacks of all ranks
+_LINES_SHOWN = 6  # of a message, which may contain the stacks of all ranks
 
 
 def summarize(report: Report, console: Console) -> None:
     """Print a report: what was judged, a row per clause, the failing cases, one last line.
 
-    Fits 80 columns and breaks no title of the contract from 100 on. Only replay commands and the
-    last line may be longer than the console is wide: they are meant to be copied and searched.
-    There are colours only on a terminal. The ratio of a clause is the largest of its cases. A
-    clause marked * does not count for the verdict.
+    The table fits 80 columns; with 100 columns, no title of the contract is broken. Only replay
+    commands and the last line may be longer than the console is wide, so that they can be copied
+    and searched. Only a terminal gets colours. The ratio of a clause is the largest of its cases.
+    A clause marked * does not count for the verdict.
 
     Args:
         report: a valid report, as `load` returns it.
@@ -86,7 +86,7 @@ def _table(report: Report, failing: dict[str, list[Any]], width: int) -> Table:
     table.add_column("ratio", justify="right", no_wrap=True)
     for clause in report["clauses"]:
         title = Text(clause["title"])
-        # The reason of a failing clause stands below, as the message of its first failing case.
+        # The reason of a failing clause is below, as the message of its first failing case.
         if clause["reason"] and not failing[clause["id"]]:
             some = f"{clause['unsupported']} unsupported: " if clause["verdict"] == "pass" else ""
             title.append(f"\n{some}{clause['reason']}", "dim")
@@ -108,17 +108,17 @@ def _print_failing(report: Report, clause: Any, cases: list[Any], console: Conso
         console.print(Padding.indent(_case(case), 2))
         if case["message"]:
             console.print(Padding.indent(_message(case["message"]), 4))
-        # Never wrapped here, so that it can be copied whole.
+        # Not wrapped, so that it can be copied whole.
         console.print(Text(f"    {replay_command(report, case)}", "cyan"), soft_wrap=True)
     if len(cases) > _CASES_SHOWN:
         console.print(Text(f"  and {len(cases) - _CASES_SHOWN} more", "dim"))
 
 
 def _must_pass(report: Report) -> Text:
-    """Whether all cases ran that the profile is known to have."""
+    """Whether all cases on the list of the profile ran."""
     listed, missing = report["must_pass"]["listed"], report["must_pass"]["missing"]
     if not listed:
-        return Text(f"there is no list of the cases on {report['ranks']} ranks", "dim")
+        return Text(f"there is no list of cases for {report['ranks']} ranks", "dim")
     if not missing:
         return Text(f"all {listed} cases on the list of {report['profile']} ran", "dim")
     some = ", ".join(missing[:_CASES_SHOWN])
@@ -129,26 +129,26 @@ def _must_pass(report: Report) -> Text:
 
 
 def _print_oracle(report: Report, console: Console) -> None:
-    """What the oracle made of the same cases: how often each departs, and where."""
+    """How often target, oracle and reference depart from each other, and where."""
     oracle = report["oracle"]["target"]
     if oracle is None:
         console.print(Text(f"oracle left out: {report['oracle']['left_out']}", "dim"))
         return
     answered = [case for case in report["cases"] if case["oracle"]]
-    found = Counter(case["oracle"]["finding"] for case in answered)
-    counts = ", ".join(f"{finding} {count}" for finding, count in found.most_common())
+    findings = Counter(case["oracle"]["finding"] for case in answered)
+    counts = ", ".join(f"{finding} {count}" for finding, count in findings.most_common())
     what = f"{oracle['name']} ({oracle['device']}, rung {oracle['rung']})"
     console.print(f"three ways, with {what} as the oracle: {counts}", highlight=False)
     for clause in report["clauses"]:
         for finding in ("target departs", "reference departs", "both depart", *_OF_ORACLE):
-            found_here = [
+            messages = [
                 case["oracle"]["message"] or "the oracle passes"
                 for case in answered
                 if case["clause"] == clause["id"] and case["oracle"]["finding"] == finding
             ]
-            if found_here:
-                line = Text(f"  {clause['id']:<8} {finding} in {len(found_here)} of")
-                line.append(f" {clause['cases']}: {found_here[0].splitlines()[0]}")
+            if messages:
+                line = Text(f"  {clause['id']:<8} {finding} in {len(messages)} of")
+                line.append(f" {clause['cases']}: {messages[0].splitlines()[0]}")
                 console.print(line, overflow="ellipsis", no_wrap=True)
     console.print()
 

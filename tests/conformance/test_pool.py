@@ -32,7 +32,7 @@ def case(channels: int, deadline: float = 20.0) -> Case:
 
 
 def pids(pool: RankPool) -> list[int]:
-    return cast(LocalJob, pool._job).pids
+    return [process.pid for process in cast(LocalJob, pool._job)._processes]
 
 
 def alive(pid: int) -> bool:
