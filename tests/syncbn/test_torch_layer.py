@@ -505,6 +505,21 @@ class TestTraining:
         assert_untouched(layer, before)
         assert torch.equal(layer.eval()(randn(5, 3)), make_layer().eval()(randn(5, 3)))
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_attributes_are_live(self, training: bool) -> None:
+        """What is set after construction takes effect at the next step."""
+        for changed in ({"eps": 0.5}, {"momentum": 0.75}, {"momentum": None}):
+            layer = make_layer()
+            layer(randn(5, 3))
+            built = make_layer(**changed)
+            built.load_state_dict(layer.state_dict())
+            for name, value in changed.items():
+                setattr(layer, name, value)
+            for module in (layer, built):
+                module.train(training)
+            assert torch.equal(layer(randn(5, 3, seed=1)), built(randn(5, 3, seed=1)))
+            assert_untouched(layer, state_of(built))
+
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_without_gradients(self, mode: Callable[[], Any]) -> None:
         layer = make_layer()

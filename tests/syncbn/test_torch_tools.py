@@ -287,6 +287,23 @@ class TestBatchStatistics:
         assert _equal_state(module, layer)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_inductor(training: bool) -> None:
+    """One graph, for all batch sizes."""
+    layer = make_layer(momentum=None).train(training)
+    again = torch.compile(copy.deepcopy(layer), fullgraph=True, dynamic=True)
+    for batch in (4, 6):
+        x = randn(batch, 3, 2).requires_grad_()
+        gradients = []
+        for module in (layer, again):
+            y = module(x)
+            wanted = [x, *module.parameters()]  # type: ignore[attr-defined]
+            gradients.append([y, *torch.autograd.grad(y.pow(3).sum(), wanted)])
+        torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(layer.state_dict(), again._orig_mod.state_dict())  # type: ignore[attr-defined]
+    torch._dynamo.reset()
+
+
 def _equal_state(ours: nn.Module, theirs: nn.Module) -> bool:
     first, second = ours.state_dict(), theirs.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
