@@ -17,6 +17,7 @@ from syncbn.conformance.checks import CHECKS
 
 STATES = ("random", "initial", "negative")
 RECORDING = ("on", "no_grad", "inference_mode")
+SECOND = ("input", "grad_output", "weight")
 
 Groups: TypeAlias = "tuple[tuple[int, ...], ...]"  # the ranks of each process group
 
@@ -85,6 +86,8 @@ class Step:
     recording: one of RECORDING, whether the forward is recorded for a backward.
     autocast: the dtype of the mixed precision in which the forward runs; None for none.
     lost: the ranks that cannot read in the backward what the forward saved for it.
+    second: the tensors to which the gradients are differentiated again, among SECOND; the others
+        are constants. The second backward starts from random cotangents of all gradients.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -109,6 +112,7 @@ class Step:
     recording: str = "on"
     autocast: str | None = None
     lost: tuple[int, ...] = ()
+    second: tuple[str, ...] = ()
 
     def dtype_of(self, rank: int) -> str:
         return self.dtype if isinstance(self.dtype, str) else self.dtype[rank]
@@ -292,12 +296,24 @@ def _validate(case: Case) -> None:
             raise CaseError(
                 f"recording must be one of {', '.join(RECORDING)}, got {step.recording!r}"
             )
+        _validate_second(case, step)
         if step.recording != "on" and step.backward:
             raise CaseError(f"backward must be false in step {index}, which does not record")
         if {r for r in range(case.ranks) if case.group_of(r, index) is not None} != grouped:
             raise CaseError(
                 f"groups must hold the same ranks in every step, got {step.groups} in step {index}"
             )
+
+
+def _validate_second(case: Case, step: Step) -> None:
+    if unknown := set(step.second) - set(SECOND):
+        raise CaseError(f"second must be among {', '.join(SECOND)}, got {', '.join(unknown)}")
+    plain = step.backward and step.repeat == 1 and not (step.recompute or step.beside or case.ddp)
+    if step.second and not plain:
+        raise CaseError(
+            "a step with second must have one backward, and neither repeat, recompute, beside nor "
+            "ddp"
+        )
 
 
 def _document(value: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_RESULTS = ("y", "grad_input", "grad_weight", "grad_bias", *STATISTICS)
+SECOND_GRADIENTS = ("grad_grad_input", "grad_grad_output", "grad_grad_weight")
+_RESULTS = ("y", "grad_input", "grad_weight", "grad_bias", *SECOND_GRADIENTS, *STATISTICS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ CHECKS = {
         _number("grad_input", "GRAD-1"),
         _number("grad_weight", "GRAD-2"),
         _number("grad_bias", "GRAD-2"),
+        *(Check(name, "GRAD-5", (name,), numeric=True) for name in SECOND_GRADIENTS),
         _number("running_mean", "STAT-1"),
         _number("running_var", "STAT-2"),
         Check("num_batches_tracked", "STAT-5", ("num_batches_tracked",), always=True),

@@ -62,6 +62,19 @@ def grad_output(case: Case, index: int, rank: int) -> Array:
     return round_to(values, step.dtype_of(rank))
 
 
+def cotangents(case: Case, index: int, rank: int) -> dict[str, Array]:
+    """What the second backward of one rank in one step starts from, by the gradient's name."""
+    step = case.steps[index]
+    draw = _generator(case.seed, f"cotangents{index}", rank)
+    of_input = draw.standard_normal(step.shapes[rank]) + 0.3 * rank
+    weight, bias = draw.standard_normal((2, case.num_features))
+    return {
+        "grad_input": round_to(of_input, step.dtype_of(rank)),
+        "grad_weight": round_to(weight, case.parameter_dtype),
+        "grad_bias": round_to(bias, case.parameter_dtype),
+    }
+
+
 def initial_state(case: Case) -> dict[str, Array]:
     """The parameters and running statistics that every rank starts with."""
     features, dtype = case.num_features, case.parameter_dtype

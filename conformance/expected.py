@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from syncbn.conformance import data
 from syncbn.conformance.case import Case, Groups
-from syncbn.reference import Bounded, SyncBatchNorm, averaged
+from syncbn.reference import Bounded, Cotangents, SyncBatchNorm, averaged
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,41 @@ def _step(
                     "grad_weight": gradients.weight if wants_parameters else None,
                     "grad_bias": gradients.bias if wants_parameters else None,
                 }
+        if step.second:
+            for rank, second in _second(case, layer, index, dict(zip(ranks, dys, strict=True))):
+                values[rank] |= second
     return {rank: _with_running(values[rank], case.of_rank(rank), layer) for rank in ranks}
+
+
+def _second(
+    case: Case, layer: SyncBatchNorm, index: int, grad_outputs: dict[int, data.Array]
+) -> Iterator[tuple[int, dict[str, Bounded | None]]]:
+    """What each rank gets from the second backward, given dy of each rank of the group."""
+    step = case.steps[index]
+    starts, wants = [], []
+    for rank in grad_outputs:
+        wants_input, wants_parameters = step.wants_grad(rank)
+        wants_parameters &= case.affine
+        given = data.cotangents(case, index, rank)
+        starts.append(
+            Cotangents(
+                given["grad_input"] * wants_input,
+                given["grad_weight"] * wants_parameters,
+                given["grad_bias"] * wants_parameters,
+            )
+        )
+        wants.append({"input": wants_input, "grad_output": True, "weight": wants_parameters})
+    found = layer.double_backward(list(grad_outputs.values()), starts)
+    for rank, wanted, gradients in zip(grad_outputs, wants, found, strict=True):
+        yield (
+            rank,
+            {
+                f"grad_grad_{name.removeprefix('grad_')}": getattr(gradients, name)
+                if wanted[name]
+                else None
+                for name in step.second
+            },
+        )
 
 
 def _set_attributes(layer: SyncBatchNorm, case: Case, index: int) -> None:

@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from syncbn.conformance.case import Case, Data, ExpectedError, Groups, Step
-from syncbn.conformance.checks import CHECKS
+from syncbn.conformance.case import SECOND, Case, Data, ExpectedError, Groups, Step
+from syncbn.conformance.checks import CHECKS, SECOND_GRADIENTS
 
 T = TypeVar("T")
 Choices: TypeAlias = dict[str, Any]
@@ -206,7 +206,7 @@ def _of_step(ranks: int) -> st.SearchStrategy[Choices]:
             "scale": _ANY,
             "extras": _extras(
                 *("constant", "flat", "shared", "poison", "dy_zero_sum", "paired"),
-                *("frozen", "present", "repeat", "recompute", "beside"),
+                *("frozen", "present", "repeat", "recompute", "beside", "second"),
             ),
             "poison": st.tuples(_ANY, st.sampled_from(("nan", "inf"))),
             "frozen_input": _some(ranks),
@@ -298,12 +298,24 @@ def _accepted(case: Case, step: Step, drawn: Choices) -> Step:
     step = _expecting(case, step)
     if step.error:
         return step
+    if "second" in extras and _can_be_differentiated_again(case, step):
+        return replace(step, second=SECOND)
     return replace(
         step,
         repeat=1 + extras.count("repeat"),
         recompute="recompute" in extras and step.backward and not case.ddp,
         beside="beside" in extras and step.mode == "train",
     )
+
+
+def _can_be_differentiated_again(case: Case, step: Step) -> bool:
+    """Whether a second backward is defined, and no term of it leaves the range of its dtype."""
+    regrouped = step.groups or any(before.groups for before in case.steps)
+    frozen = step.frozen_input or step.frozen_parameters
+    half = any(step.dtype_of(rank) in _HALVES for rank in range(case.ranks))
+    imprecise = half and step.mode == "eval"  # the contract requires no precision there
+    ordinary = step.x.scale == 1 and not step.x.poison and case.eps > 0
+    return step.backward and ordinary and not (regrouped or frozen or imprecise or case.ddp)
 
 
 def _refused(case: Case, step: Step, drawn: Choices) -> Step:
@@ -383,8 +395,10 @@ def _applying(case: Case) -> tuple[str, ...]:
     """All checks that apply to the case. A slow one applies only if the case has it already."""
     steps = case.steps
     groups = [group for i in range(len(steps)) for group in case.groups_at(i) or ()]
-    odd = any(s.recompute or s.beside or s.frozen_input or s.error for s in steps) or case.ddp
+    odd = any(s.recompute or s.beside or s.frozen_input or s.error or s.second for s in steps)
+    odd = odd or case.ddp
     applies = {
+        **dict.fromkeys(SECOND_GRADIENTS, any(step.second for step in steps)),
         "initial_values": case.state == "initial",
         # Ranks that were in other groups before have other statistics.
         "ranks_agree": not any(step.groups or step.present for step in steps),

@@ -44,6 +44,7 @@ _INITIAL = {
 }
 _LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
 _LARGEST["bfloat16"] = (2 - 2.0**-7) * 2.0**127
+_OF_INPUT = ("y", "grad_input", "grad_grad_input", "grad_grad_output")
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,7 @@ def judgeable(case: Case, expected: Expectations) -> bool:
             for name, bounded in (at.values if at else {}).items():
                 if bounded is None:
                     continue
-                of_input = name in ("y", "grad_input")
-                dtype = step.dtype_of(rank) if of_input else case.parameter_dtype
+                dtype = step.dtype_of(rank) if name in _OF_INPUT else case.parameter_dtype
                 value, bound = bounded
                 if poisoned:
                     bound, value = bound[np.isfinite(value)], value[np.isfinite(value)]
@@ -129,7 +129,7 @@ def apart(case: Case, one: Outcome, other: Outcome, expected: Expectations) -> f
     """The largest |one - other| / bound over all numbers that both have; None if there is none."""
     largest: float | None = None
     for rank, step, name, bounded in _numbers(case, expected):
-        arrays = [_array(outcome, rank, f"{step}/{name}") for outcome in (one, other)]
+        arrays = [_result(case, outcome, rank, step, name) for outcome in (one, other)]
         if bounded is None or any(a is None or a.shape != bounded.value.shape for a in arrays):
             continue
         if bounded.value.size:
@@ -292,7 +292,7 @@ def _check_numbers(
                     _check_count(f"rank {rank}, step {index}", at, got)
     worst: tuple[float, str] = (0.0, "")
     for rank, index, name, bounded in _numbers(case, expected):
-        got = _array(outcome, rank, f"{index}/{name}")
+        got = _result(case, outcome, rank, index, name)
         largest, text = _compare(f"rank {rank}, step {index}: {name}", got, bounded)
         ratios.append(largest)
         worst = max(worst, (largest, text))
@@ -308,6 +308,22 @@ def _numbers(case: Case, expected: Expectations) -> Iterator[tuple[int, int, str
             for name, check in CHECKS.items():
                 if check.numeric and name in case.checks and name in values:
                     yield rank, index, name, values[name]
+
+
+def _result(
+    case: Case, outcome: Outcome, rank: int, index: int, name: str
+) -> npt.NDArray[Any] | None:
+    """A number of a rank; of grad_grad_weight the sum over its group, as only that is defined."""
+    own = _array(outcome, rank, f"{index}/{name}")
+    if name != "grad_grad_weight" or own is None:
+        return own
+    ranks = [r for r in case.group_of(rank, index) or () if case.steps[index].takes_part(r)]
+    parts = [_array(outcome, r, f"{index}/{name}") for r in ranks]
+    there = [part.astype(np.float64) for part in parts if part is not None]
+    if len(there) < len(parts) or len({part.shape for part in there}) > 1:
+        return own  # a rank that lacks its part fails itself
+    total: npt.NDArray[Any] = np.sum(there, axis=0)
+    return total
 
 
 def _array(outcome: Outcome, rank: int, name: str) -> npt.NDArray[Any] | None:

@@ -1046,6 +1046,44 @@ class RoundsInAutocast(Fault):
         return np.ldexp(np.round(mantissa * 2**8) / 2**8, exponent).astype(y.dtype)
 
 
+class LocalSumsAgain(Fault):
+    """The second backward adds up nothing over the ranks: the adjoint of a sum over ranks is lost.
+
+    Source: derived from reference/second.py.
+    """
+
+    dies_in = ("GRAD-5",)
+
+    def double_backward(self, saved: Saved, *gradients: Array) -> tuple[Array, Array, Array]:
+        alone = None if saved.communicator is None else Alone()
+        return super().double_backward(saved._replace(communicator=alone), *gradients)
+
+
+class ConstantStatisticsAgain(Fault):
+    """The second backward takes the mean and the variance of the group as constants.
+
+    Source: derived from reference/second.py.
+    """
+
+    dies_in = ("GRAD-5",)
+
+    def double_backward(self, saved: Saved, *gradients: Array) -> tuple[Array, Array, Array]:
+        return super().double_backward(saved._replace(communicator=None), *gradients)
+
+
+class ParameterGradientsAgain(Fault):
+    """The second backward ignores what depends on grad_weight and grad_bias.
+
+    Source: derived from reference/second.py.
+    """
+
+    dies_in = ("GRAD-5",)
+
+    def double_backward(self, saved: Saved, *gradients: Array) -> tuple[Array, Array, Array]:
+        dy, ddx, ddweight, ddbias = gradients
+        return super().double_backward(saved, dy, ddx, 0 * ddweight, 0 * ddbias)
+
+
 def _channels_last(x: Array) -> bool:
     return x.ndim > 2 and x.shape[1] > 1 and x.strides[1] == x.itemsize
 

@@ -12,7 +12,7 @@ from mindspore.common.api import _pynative_executor
 from mindspore.communication import get_rank
 
 from audit.mutants import algorithm
-from audit.mutants.layer import Alone, Array, Communicator, Plain
+from audit.mutants.layer import Alone, Array, Communicator, Plain, Saved
 from audit.mutants.wrapper import Wrapper, mutant_layer
 from syncbn.contract import FLOATING, check_dtype
 from syncbn.mindspore import groups
@@ -102,14 +102,49 @@ class _Function(nn.Cell):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, dout: Tensor
     ) -> tuple[Tensor | None, ...]:
         layer, _ = self.step
-        # A MindSpore cell cannot see whether x needs a gradient.
-        dx, *gradients = layer.plain.backward(self.saved, layer.to_array(dout), wants_input=True)
+        # MindSpore differentiates no cell again that was given a None.
+        given = Tensor(0.0, ms.float32) if weight is None else weight
+        dx, *gradients = _Gradients(layer, self.saved)(dout, x, given)
         return (
-            None if dx is None else _tensor(dx, x, layer.plain),
+            dx,
             *(
-                None if parameter is None else Tensor(gradient, parameter.dtype)
+                None if parameter is None else gradient
                 for gradient, parameter in zip(gradients, (weight, bias), strict=True)
             ),
+        )
+
+
+class _Gradients(nn.Cell):
+    """The gradients of one call, which can be differentiated once more."""
+
+    def __init__(self, layer: SyncBatchNorm, saved: Saved) -> None:
+        super().__init__()
+        self.step = (layer, saved)
+
+    def construct(self, dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+        layer, saved = self.step
+        # A MindSpore cell cannot see whether x needs a gradient.
+        dx, *gradients = layer.plain.backward(saved, layer.to_array(dy), wants_input=True)
+        return (
+            None if dx is None else _tensor(dx, x, layer.plain),
+            *(Tensor(gradient, weight.dtype) for gradient in gradients),
+        )
+
+    def bprop(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        out: tuple[Tensor | None, ...],
+        dout: tuple[Tensor, ...],
+    ) -> tuple[Tensor | None, ...]:
+        layer, saved = self.step
+        arrays = [layer.to_array(tensor) for tensor in (dy, *dout)]
+        of_dy, of_x, of_weight = layer.plain.double_backward(saved, *arrays)
+        return (
+            _tensor(of_dy, x, layer.plain),
+            _tensor(of_x, x, layer.plain),
+            Tensor(of_weight if weight.ndim else 0.0, weight.dtype),
         )
 
 

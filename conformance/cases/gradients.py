@@ -1,11 +1,11 @@
-"""The backward of training: GRAD-1 to GRAD-4."""
+"""The backward of training and second derivatives: GRAD-1 to GRAD-5."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from syncbn.conformance.case import ExpectedError, Step
+from syncbn.conformance.case import SECOND, ExpectedError, Step
 from syncbn.conformance.cases.build import (
     GRADIENTS,
     Draft,
@@ -126,4 +126,45 @@ def frozen(ranks: int) -> Iterator[Draft]:
         )
         yield case(
             "rank 0 has nothing to differentiate", alone, Step(shapes), checks=("y", *GRADIENTS)
+        )
+
+
+@cases_of("GRAD-5")
+def second_derivatives(ranks: int) -> Iterator[Draft]:
+    def one(title: str, shapes: Shapes, **fields: Any) -> Draft:
+        layer, grouping = fields.pop("layer", {}), fields.pop("groups", None)
+        step = Step(shapes, second=fields.pop("second", SECOND), **fields)
+        checks = tuple(f"grad_grad_{name.removeprefix('grad_')}" for name in step.second)
+        return case(title, step, layer=layer, groups=grouping, checks=checks)
+
+    constant_dy = ("input", "weight")
+    yield one("uneven images", uneven(ranks, 3, 5, 4))
+    yield one("even images", even(ranks, 4, 3, 5, 4))
+    yield one("batch and spatial sizes", varied(ranks, 3))
+    yield one("matrices", uneven(ranks, 3))
+    yield one("a constant dy", uneven(ranks, 3, 5), second=constant_dy)
+    for title, empty in empty_patterns(ranks):
+        yield one(title, with_empty(ranks, empty, 3, 4))
+    for title, grouping in groupings(ranks):
+        yield one(f"groups: {title}", uneven(ranks, 3, 5), groups=grouping)
+    yield one("affine=False", uneven(ranks, 3, 5), layer={"affine": False})
+    yield one("eps=0.1", uneven(ranks, 3, 5), layer={"eps": 0.1})
+    yield one("float64", uneven(ranks, 3, 5), dtype="float64", layer={"dtype": "float64"})
+    yield one("bfloat16", uneven(ranks, 3, 5), dtype="bfloat16")
+    yield one("float16", uneven(ranks, 3, 5), dtype="float16")
+    yield one("channels_last", uneven(ranks, 3, 5, 4), layout="channels_last")
+    everyone = tuple(range(ranks))
+    yield one("parameters frozen", uneven(ranks, 3, 5), frozen_parameters=everyone)
+    yield one("input frozen", uneven(ranks, 3, 5), frozen_input=everyone)
+    untracked = {"track_running_stats": False}
+    yield one("untracked training", uneven(ranks, 3, 5), layer=untracked)
+    for title, layer in (("eval", {}), ("untracked eval", untracked)):
+        yield one(title, uneven(ranks, 3, 5), mode="eval", layer=layer)
+        yield one(f"{title}, empty", with_empty(ranks, {0}, 3, 4), mode="eval", layer=layer)
+        yield one(
+            f"{title}, a constant dy",
+            uneven(ranks, 3, 5),
+            mode="eval",
+            layer=layer,
+            second=constant_dy,
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from syncbn.conformance.case import Data, ExpectedError, Groups, Step
+from syncbn.conformance.case import SECOND, Data, ExpectedError, Groups, Step
 from syncbn.conformance.cases.build import (
     ALL,
     GRADIENTS,
@@ -30,6 +30,7 @@ from syncbn.conformance.cases.build import (
     varied,
     with_empty,
 )
+from syncbn.conformance.checks import SECOND_GRADIENTS
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SPATIAL = ((), (5,), (5, 4), (3, 4, 2), (2, 3, 1, 2))
@@ -166,6 +167,27 @@ def frozen(ranks: int) -> Iterator[Draft]:
             frozen_parameters=tuple(r for r, what in frozen.items() if what == "parameters"),
         )
         yield case(f"frozen: {', '.join(choice)}", step, checks=GRADIENTS)
+
+
+@sweep_of("GRAD-5")
+def second_derivatives(ranks: int) -> Iterator[Draft]:
+    shapes = {
+        "even": even(ranks, 3, 3, 4),
+        "uneven": uneven(ranks, 3, 4),
+        "rank 0 is empty": with_empty(ranks, {0}, 3, 4),
+    }
+    for chosen in products(
+        shapes=shapes, dtype=_DTYPES, mode=("train", "eval"), tracked=(True, False)
+    ):
+        mode, tracked, dtype = chosen["mode"], chosen["tracked"], chosen["dtype"]
+        if mode == "eval" and tracked and dtype in ("float16", "bfloat16"):
+            continue  # the contract requires no precision there
+        step = Step(shapes[chosen["shapes"]], mode=mode, dtype=dtype, second=SECOND)
+        layer = {"dtype": dtype, "track_running_stats": tracked}
+        yield case(titled(**chosen), step, layer=layer, checks=SECOND_GRADIENTS)
+    for chosen in products(layout=_LAYOUTS, dy_layout=_LAYOUTS):
+        step = Step(uneven(ranks, 3, 5, 4), **chosen, second=SECOND)
+        yield case(titled(**chosen), step, checks=SECOND_GRADIENTS)
 
 
 @sweep_of("ERR-9")

@@ -27,6 +27,10 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
 
 
+class Unsupported(Exception):
+    """The framework cannot do what a step needs; all ranks must raise it."""
+
+
 class Rank(ABC):
     """One process of a target. It builds the layer with the documented arguments only.
 
@@ -123,6 +127,23 @@ class Rank(ABC):
             layer; then, if counting, the numbers of collectives of the forward and the backward.
         """
 
+    @abstractmethod
+    def take_twice(
+        self, layer: Any, x: Any, dy: Any, cotangents: dict[str, Any], step: Step
+    ) -> dict[str, Any]:
+        """One forward and two backwards.
+
+        Args:
+            layer: the layer.
+            x: the input.
+            dy: the gradient of the loss in y.
+            cotangents: what the second backward starts from, by the name of the first gradient.
+            step: the step of the case.
+
+        Returns:
+            The tensors `y`, `grad_NAME` and `grad_grad_NAME`; None where there is none.
+        """
+
     def unsupported(self, case: Case) -> str | None:
         """Why this target cannot run the case, or None. All ranks must give the same answer."""
         if not self.float64 and "float64" in case.dtypes:
@@ -143,7 +164,10 @@ class Rank(ABC):
         if reason := self.unsupported(case):
             return {"unsupported": reason}, {}
         case = case.of_rank(self.rank)
-        answer, arrays = self._run(case)
+        try:
+            answer, arrays = self._run(case)
+        except Unsupported as reason:
+            return {"unsupported": str(reason)}, {}
         if "repeatable" in case.checks:
             again = self._run(case)[1]
             answer["unlike"] = [n for n, a in arrays.items() if a.tobytes() != again[n].tobytes()]
@@ -240,12 +264,17 @@ class Rank(ABC):
             counting = "collectives" in case.checks
             beside = self._build(case, index) if step.beside else None
             module = self.data_parallel(layer) if case.ddp else layer
-            for _ in range(step.repeat):
-                taken = self.take(module, beside, x, dy, step, counting)
-            results, facts["collectives"] = taken
+            if step.second:
+                results = self.take_twice(layer, x, dy, self._cotangents(case, index), step)
+            else:
+                for _ in range(step.repeat):
+                    taken = self.take(module, beside, x, dy, step, counting)
+                results, facts["collectives"] = taken
             if not isinstance(results["y"], self.framework.Tensor):
                 kind = type(results.pop("y")).__name__
                 raise TypeError(f"the layer must return a tensor, got {kind}")
+        except Unsupported:
+            raise
         except Exception as error:
             facts["error"] = self.describe(error)
         else:
@@ -266,6 +295,14 @@ class Rank(ABC):
             if results.get(name) is not None:
                 arrays[f"{index}/{name}"] = self.array(results[name])
         return facts
+
+    def _cotangents(self, case: Case, index: int) -> dict[str, Any]:
+        values = data.cotangents(case, index, self.rank)
+        of_input = case.steps[index].dtype_of(self.rank)
+        return {
+            name: self.tensor(one, of_input if name == "grad_input" else case.parameter_dtype)
+            for name, one in values.items()
+        }
 
     def _lay_out(self, values: Array, dtype: str, layout: str) -> Any:
         """A tensor with these values in a memory layout; see syncbn.conformance.case.Step."""

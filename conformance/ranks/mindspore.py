@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from mindspore.ops.auto_generate import gen_ops_prim
 from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.ranks.base import Rank
+from syncbn.conformance.ranks.base import Rank, Unsupported
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 
 T = TypeVar("T")
@@ -219,6 +219,47 @@ class MindSporeRank(Rank):
         by_weight = {f"grad_{p.name}": grad for p, grad in zip(weights, of_weights, strict=True)}
         return {"y": y, "grad_input": dx, **by_weight}, [in_forward, in_both - in_forward]
 
+    def take_twice(
+        self, layer: nn.Cell, x: Tensor, dy: Tensor, cotangents: dict[str, Tensor], step: Step
+    ) -> dict[str, Any]:
+        # In a graph, a gradient of a gradient cannot give other results as well.
+        with _undone(layer):
+            results, _ = self.take(layer, None, x, dy, step, False)
+        wants_input, wants_parameters = step.wants_grad(self.rank)
+        weights = [p for p in layer.get_parameters() if p.name in _LEARNED]
+        weights = weights if wants_parameters else []
+        starts = tuple(cotangents[f"grad_{p.name}"] for p in weights)
+
+        # Plain functions of tensors: in graph mode they are compiled.
+        def loss(x: Tensor, dy: Tensor) -> Tensor:
+            return (layer(x) * dy).sum()
+
+        first = ms.grad(loss, 0 if wants_input else None, weights or None)
+
+        def of_first(x: Tensor, dy: Tensor, start: Tensor) -> Tensor:
+            found = first(x, dy)
+            if not starts:
+                return (found * start).sum()
+            of_weights = found[1] if wants_input else found
+            total = (of_weights[0] * starts[0]).sum() + (of_weights[1] * starts[1]).sum()
+            return total + (found[0] * start).sum() if wants_input else total
+
+        again = [p for p in weights if p.name in step.second]
+        wanted = (wants_input and "input" in step.second, "grad_output" in step.second)
+        places = tuple(place for place in (0, 1) if wanted[place])
+        second = ms.grad(of_first, places or None, again or None)
+        try:
+            found = second(x, dy, cotangents["grad_input"])
+        except RuntimeError as error:
+            if self.mode == "graph" and "second derivative" in str(error):
+                raise Unsupported(self.describe(error)["message"]) from error
+            raise
+        of_places = (found[0] if again else found) if places else ()
+        of_again = (found[1] if places else found) if again else ()
+        names = [("grad_grad_input", "grad_grad_output")[place] for place in places]
+        names += [f"grad_grad_{p.name}" for p in again]
+        return results | dict(zip(names, (*_tuple(of_places), *_tuple(of_again)), strict=True))
+
     def _prove_in_step(self, nonce: int) -> None:
         """Raise if a rank is still in a collective of an earlier case.
 
@@ -291,13 +332,24 @@ def _lacks(dtype: str) -> str | None:
     return None
 
 
+def _tuple(found: Any) -> tuple[Tensor, ...]:
+    """Gradients as a tuple: MindSpore gives one of them alone."""
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
 def _count_aside(layer: nn.Cell, call: Callable[[], Any]) -> int:
     """How many collectives a call issues. The layer is afterwards as it was before."""
+    with _undone(layer):
+        return _count(call, True)[1]
+
+
+@contextlib.contextmanager
+def _undone(layer: nn.Cell) -> Iterator[None]:
+    """Afterwards the parameters and statistics of the layer are as before."""
     before = {parameter: parameter.asnumpy().copy() for parameter in layer.get_parameters()}
-    _, count = _count(call, True)
+    yield
     for parameter, values in before.items():
         parameter.set_data(Tensor(values, parameter.dtype))
-    return count
 
 
 def _count(call: Callable[[], T], counting: bool) -> tuple[T, int]:

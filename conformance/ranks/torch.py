@@ -144,6 +144,41 @@ class TorchRank(Rank):
         results["grad_input_format"] = formats[-1] if formats else None
         return {"y": ys[0], "grad_input": x.grad, **results}, collectives
 
+    def take_twice(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        dy: Tensor,
+        cotangents: dict[str, Tensor],
+        step: Step,
+    ) -> dict[str, Any]:
+        wants_input, wants_parameters = step.wants_grad(self.rank)
+        layer.train(step.mode == "train")
+        layer.requires_grad_(wants_parameters)
+        x.requires_grad_(wants_input)
+        dy.requires_grad_("grad_output" in step.second)
+        learned = dict(layer.named_parameters())
+        inputs = {"input": x, **learned}
+        inputs = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+        y = layer(x)
+        found = torch.autograd.grad(y, list(inputs.values()), dy, create_graph=True)
+        first = {f"grad_{name}": grad for name, grad in zip(inputs, found, strict=True)}
+        # With a constant dy, grad_bias is a constant and has no second derivative.
+        again = [name for name, grad in first.items() if grad.requires_grad]
+        if not again:
+            raise RuntimeError("no gradient of the layer can be differentiated again")
+        of_first = {"input": x, "grad_output": dy, "weight": learned.get("weight")}
+        wanted = {name: t for name, t in of_first.items() if t is not None and t.requires_grad}
+        wanted = {name: tensor for name, tensor in wanted.items() if name in step.second}
+        second = torch.autograd.grad(
+            [first[name] for name in again],
+            list(wanted.values()),
+            [cotangents[name] for name in again],
+            materialize_grads=True,
+        )
+        names = [f"grad_grad_{name.removeprefix('grad_')}" for name in wanted]
+        return {"y": y, **first, **dict(zip(names, second, strict=True))}
+
     def _around_forward(self, step: Step) -> contextlib.ExitStack:
         """The contexts in which the forward runs."""
         stack = contextlib.ExitStack()

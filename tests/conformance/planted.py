@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.nn import functional as differentiable
 
 from syncbn.torch import SyncBatchNorm, functional
 
@@ -48,3 +49,58 @@ class FailsByChannels(SyncBatchNorm):
 class CannotBeBuilt:
     def __init__(self, *_: Any, **__: Any) -> None:
         raise RuntimeError("planted constructor")
+
+
+class Composed(SyncBatchNorm):
+    """The layer without running statistics, in differentiable operations and collectives.
+
+    So PyTorch derives both backwards. Each rank scales dy by its copy of the weight.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training and self.track_running_stats:
+            return super().forward(input)
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        axes = [0, *range(2, x.dim())]
+        per_channel = [1, -1] + [1] * (x.dim() - 2)
+        n = self.summed(x.new_full((), input.numel() // input.shape[1])).clamp(min=1)
+        mean = self.summed(x.sum(axes)) / n
+        deviations = x - mean.view(per_channel)
+        var = self.summed((deviations * deviations).sum(axes)) / n
+        y = deviations / (var + self.eps).sqrt().view(per_channel)
+        if self.weight is not None and self.bias is not None:
+            y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
+        return y.to(input.dtype)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, whose derivative is a sum over the ranks as well."""
+        if not self.training:
+            return values
+        total: Tensor = differentiable.all_reduce(values, group=self.process_group)
+        return total
+
+
+class ForgetsToSumAgain(Composed):
+    """The sums over ranks are right, and so are their derivatives, but not the second ones."""
+
+    def summed(self, values: Tensor) -> Tensor:
+        total: Tensor = _Summed.apply(values, self.process_group) if self.training else values
+        return total
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()  # whose derivative is that of a copy
+        with torch.no_grad():
+            other = gradient.detach().clone()
+            dist.all_reduce(other, group=ctx.group)
+            other -= gradient.detach()
+        return total + other, None

@@ -28,7 +28,11 @@ def standardized(values: data.Array) -> data.Array:
     return (values - values.mean()) / values.std()
 
 
-@pytest.mark.parametrize("make", [data.shard, data.grad_output])
+def cotangent(case: Case, index: int, rank: int) -> data.Array:
+    return data.cotangents(case, index, rank)["grad_input"]
+
+
+@pytest.mark.parametrize("make", [data.shard, data.grad_output, cotangent])
 def test_ranks_steps_and_seeds_draw_for_themselves(make: Any) -> None:
     one = case()
     first = standardized(make(one, 0, 0))
