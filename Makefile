@@ -8,6 +8,7 @@ EXTRAS ?= dev,mindspore
 comma := ,
 READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 RANKS ?= 4
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -69,10 +70,10 @@ versions: $(READY) ## judge the layer on the oldest and newest torch (8 GB in .v
 	$(RUN) -m audit versions
 
 .PHONY: test
-test: $(READY) ## the tests of everything (PYTEST_ARGS=... for pytest)
+test: $(READY) ## the tests of everything, in WORKERS (2) processes (PYTEST_ARGS=... for pytest)
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
 	@test -f $(TWIN) || echo "$(TWINLESS)"
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: wheel
 wheel: $(READY) ## build the wheel into dist/
