@@ -23,7 +23,7 @@ from audit.mutants.layer import (
     Statistics,
     rows,
 )
-from syncbn.protocol import BACKWARD, NOTHING
+from syncbn.protocol import BACKWARD, COUNT_LOW, NOTHING, Settings
 
 
 class Fault(Plain):
@@ -908,16 +908,68 @@ class RaisesAlone(Fault):
         return super().exchange(x, dtype, *rest)
 
 
-class IgnoresOtherLayers(Fault):
-    """Ranks whose layers differ train together.
+def _ignoring(*names: str) -> Any:
+    """Plain.disagreement without the settings of these names."""
+    places = [COUNT_LOW + 1 + Settings._fields.index(name) for name in names]
+
+    def disagreement(self: Plain, headers: list[list[float]], ranks: tuple[int, ...]) -> str | None:
+        for header in headers:
+            for place in places:
+                header[place] = 0.0
+        return Plain.disagreement(self, headers, ranks)
+
+    return disagreement
+
+
+class AcceptsOtherChannels(Fault):
+    """Ranks whose layers differ in num_features take the step together.
 
     Source: derived from docs/contract.md.
     """
 
     dies_in = ("ERR-9",)
+    disagreement = _ignoring("num_features")
 
-    def disagreement(self, headers: list[list[float]], ranks: tuple[int, ...]) -> str | None:
-        return None
+
+class AcceptsOtherEps(Fault):
+    """Ranks whose layers differ in eps take the step together.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("ERR-9",)
+    disagreement = _ignoring("eps")
+
+
+class AcceptsOtherMomentum(Fault):
+    """Ranks whose layers differ in momentum take the step together.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("ERR-9",)
+    disagreement = _ignoring("momentum")
+
+
+class AcceptsOtherTracking(Fault):
+    """Ranks whose layers differ in track_running_stats take the step together.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("ERR-9",)
+    disagreement = _ignoring("track_running_stats", "momentum")
+
+
+class AcceptsOtherDtype(Fault):
+    """Ranks whose layers differ in dtype take the step together.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("ERR-9",)
+    frameworks = ("torch",)  # its case has bfloat16, which MindSpore does not have on CPU
+    disagreement = _ignoring("dtype")
 
 
 class RaisesAloneInBackward(Fault):
