@@ -1,7 +1,8 @@
-"""A case: one question to a layer, as a small JSON document. Its id is the hash of the question.
+"""A case: one question to a layer, as a small JSON document. Its id is a hash of the document.
 
-A case names the clause it asks about, how the layer is built, the steps every rank takes and what
-is checked. It holds no arrays: ranks and controller generate them (syncbn.conformance.data).
+A case names the clause that it is about, how the layer is built, the steps that every rank takes,
+and what is checked. It holds no arrays: the ranks and the controller generate them, see
+syncbn.conformance.data.
 """
 
 from __future__ import annotations
@@ -245,8 +246,8 @@ class Case:
     @property
     def id(self) -> str:
         """12 hexadecimal digits of the SHA-256 of the document without its title."""
-        asked = {key: v for key, v in self.document.items() if key != "title"}
-        canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"))
+        question = {key: v for key, v in self.document.items() if key != "title"}
+        canonical = json.dumps(question, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

@@ -22,7 +22,7 @@ FINDINGS = {
     "both depart": "target and oracle depart from the reference and from each other",
     "reference departs": "target and oracle agree with each other, but not with the reference",
     "no answer": "the oracle raised, hung or crashed, or does not support the case",
-    "not asked": "an error is expected in a step, which the oracle may answer by hanging",
+    "not asked": "a step must raise an error, and there the oracle might hang",
 }
 
 

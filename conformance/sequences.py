@@ -246,7 +246,7 @@ def _built(case: Case, layer: dict[str, Any], drawn: Choices) -> Case:
     outside = drawn["outside"] if "outside" in drawn["extras"] else set()
     members = sorted(all_ranks - outside or all_ranks)
     groups = _grouped(members, drawn["labels"]) if drawn["grouped"] else None
-    # With eps = 0, a NaN that the case asks for looks like a result that is undefined.
+    # With eps = 0, the NaN of a negative variance looks like an undefined result.
     states = ("random", "initial", "negative") if case.eps else ("random", "initial")
     return replace(
         case,

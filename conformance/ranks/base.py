@@ -109,16 +109,16 @@ class Rank(ABC):
 
     @abstractmethod
     def take(
-        self, layer: Any, beside: Any, x: Any, dy: Any, step: Step, counting: bool
+        self, layer: Any, parallel: Any, x: Any, dy: Any, step: Step, counting: bool
     ) -> tuple[dict[str, Any], list[int]]:
         """One forward, and one backward unless dy is None.
 
         Args:
             layer: the layer, or the layer in data parallelism.
-            beside: a second layer in a parallel branch, or None.
+            parallel: a second layer in a parallel branch, or None.
             x: the input.
             dy: the gradient of the loss in y.
-            step: the step of the case, for its mode and what else is special about it.
+            step: the step of the case, for its mode, contexts and frozen tensors.
             counting: whether to count collectives.
 
         Returns:
@@ -262,13 +262,13 @@ class Rank(ABC):
         results: dict[str, Any] = {}
         try:
             counting = "collectives" in case.checks
-            beside = self._build(case, index) if step.beside else None
+            parallel = self._build(case, index) if step.beside else None
             module = self.data_parallel(layer) if case.ddp else layer
             if step.second:
                 results = self.take_twice(layer, x, dy, self._cotangents(case, index), step)
             else:
                 for _ in range(step.repeat):
-                    taken = self.take(module, beside, x, dy, step, counting)
+                    taken = self.take(module, parallel, x, dy, step, counting)
                 results, facts["collectives"] = taken
             if not isinstance(results["y"], self.framework.Tensor):
                 kind = type(results.pop("y")).__name__

@@ -164,7 +164,7 @@ class MindSporeRank(Rank):
     def take(
         self,
         layer: nn.Cell,
-        beside: nn.Cell | None,
+        parallel: nn.Cell | None,
         x: Tensor,
         dy: Tensor | None,
         step: Step,
@@ -174,10 +174,10 @@ class MindSporeRank(Rank):
         learned = [p for p in layer.get_parameters() if p.name in _LEARNED]
         for parameter in learned:
             parameter.requires_grad = wants_parameters
-        for cell in filter(None, (layer, beside)):
+        for cell in filter(None, (layer, parallel)):
             cell.set_train(step.mode == "train")
-        if beside is not None:
-            beside.update_parameters_name("beside.")  # a graph needs different names
+        if parallel is not None:
+            parallel.update_parameters_name("beside.")  # a graph needs different names
         weights = learned if wants_parameters else []
         position = 0 if wants_input and x.is_floating_point() else None
         module = layer
@@ -198,8 +198,8 @@ class MindSporeRank(Rank):
                 # network dy comes from an operation; the layer itself uses x.
                 x = ops.depend(x, ops.neg(dy))
             y = forward(x)
-            if beside is not None:
-                return loss(y, dy) + loss(beside(-ops.stop_gradient(x)), dy), y
+            if parallel is not None:
+                return loss(y, dy) + loss(parallel(-ops.stop_gradient(x)), dy), y
             return loss(y, dy), y
 
         in_forward = _count_aside(layer, lambda: forward(x)) if counting else 0

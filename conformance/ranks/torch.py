@@ -109,7 +109,7 @@ class TorchRank(Rank):
     def take(
         self,
         layer: nn.Module,
-        beside: nn.Module | None,
+        parallel: nn.Module | None,
         x: Tensor,
         dy: Tensor | None,
         step: Step,
@@ -121,16 +121,16 @@ class TorchRank(Rank):
         for parameter in layer.parameters():
             parameter.requires_grad_(wants_parameters)
             parameter.grad = None
-        for module in filter(None, (layer, beside)):
+        for module in filter(None, (layer, parallel)):
             module.train(step.mode == "train")
         formats: list[bool] = []
         if x.requires_grad:  # a hook sees the gradient before autograd gives it the format of x
             x.register_hook(lambda grad: formats.append(self.is_channels_last(grad)))
-        branches = [x.detach().neg().requires_grad_(x.requires_grad)] if beside else []
+        branches = [x.detach().neg().requires_grad_(x.requires_grad)] if parallel else []
 
         def forward() -> list[Tensor]:
             y: Tensor = checkpoint(layer, x, use_reentrant=False) if step.recompute else layer(x)
-            return [y, *(beside(branch) for branch in branches if beside)]
+            return [y, *(parallel(branch) for branch in branches if parallel)]
 
         with self._around_forward(step):
             ys, collectives = _count(forward, counting)
