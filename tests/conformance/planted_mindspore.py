@@ -60,7 +60,7 @@ class Gathers(Composed):
 
 
 class SpeaksOutOfTurn(Composed):
-    """Raises on every rank in eval; with 4 channels, rank 0 sends before what nobody awaits."""
+    """Raises on every rank in eval. With 4 channels, rank 0 first sends what no rank receives."""
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.training:

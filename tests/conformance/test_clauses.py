@@ -1,4 +1,4 @@
-"""Every clause, asked of syncbn.torch: one test a case, named CLAUSE-id."""
+"""Every case of every clause on syncbn.torch: one test for each case, named CLAUSE-id."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def test_ids_are_unique_and_stable(ranks: int) -> None:
 
 
 def test_every_clause_has_cases_or_a_reason_for_none() -> None:
-    asked = {case.clause for case in catalogue(4)}
-    assert asked == {name for name, clause in CLAUSES.items() if clause.not_run is None}
-    assert {case.clause for case in catalogue(4, "smoke")} == asked
+    with_cases = {case.clause for case in catalogue(4)}
+    assert with_cases == {name for name, clause in CLAUSES.items() if clause.not_run is None}
+    assert {case.clause for case in catalogue(4, "smoke")} == with_cases
 
 
 def test_the_contract_is_that_of_the_documentation() -> None:

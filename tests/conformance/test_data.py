@@ -1,4 +1,4 @@
-"""The data of a case are what its document says, and such that a fault shows in them."""
+"""The data of a case follow its document, and a fault shows in them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_channels_differ() -> None:
 
 
 def test_grad_outputs_have_a_mean_and_a_spread_of_their_own() -> None:
-    """Or sums over ranks, and the terms of the gradient, could not be told apart."""
+    """Without it, sums over ranks and the terms of the gradient would look alike."""
     first, last = both(data.grad_output)
     assert last.mean() - first.mean() > 0.05
     assert first.std() / last.std() > 1.1

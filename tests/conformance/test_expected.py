@@ -1,4 +1,4 @@
-"""What each rank must get is what the case says: its groups, its steps, its frozen tensors.
+"""The expected results follow the case: its groups, its steps, its frozen tensors.
 
 The numbers are those of the formulas in plain NumPy, over the shards of the ranks that the case
 puts together; that the reference evaluates the formulas well is proven in test_reference.py.
@@ -81,7 +81,7 @@ def test_statistics_are_those_of_the_group(groups: Any) -> None:
 
 
 def test_gradients_are_those_of_the_group() -> None:
-    """Of a constant added to x on all ranks of a group, y knows nothing: dx sums to 0 there."""
+    """y does not depend on a constant added to x on all ranks of a group: dx sums to 0 there."""
     one = case(groups=GROUPS)
     for ranks in GROUPS:
         dx = [value(one, "grad_input", rank).sum(axis=(0, 2)) for rank in ranks]
@@ -100,9 +100,9 @@ def test_a_rank_that_is_absent_gets_nothing() -> None:
 
 def test_steps_go_on_from_one_another() -> None:
     one = case(STEP, STEP)
-    everyone = tuple(range(RANKS))
-    assert_running(one, 1, 0, moved(one, everyone, [0]))
-    assert_running(one, 1, 1, moved(one, everyone, [0, 1]))
+    all_ranks = tuple(range(RANKS))
+    assert_running(one, 1, 0, moved(one, all_ranks, [0]))
+    assert_running(one, 1, 1, moved(one, all_ranks, [0, 1]))
     assert [at(one, 1, index).num_batches_tracked for index in (0, 1)] == [1, 2]
 
 
@@ -220,12 +220,12 @@ def test_statistics_that_are_no_longer_tracked_stay_and_serve_in_eval() -> None:
     off = replace(STEP, attributes={"track_running_stats": False})
     evaluate, on = replace(STEP, mode="eval"), {"track_running_stats": True}
     one = case(STEP, off, evaluate, replace(STEP, attributes=on))
-    everyone = tuple(range(RANKS))
+    all_ranks = tuple(range(RANKS))
     for index in (1, 2):
-        assert_running(one, 0, index, moved(one, everyone, [0]))
+        assert_running(one, 0, index, moved(one, all_ranks, [0]))
         assert at(one, 0, index).num_batches_tracked == 1
-    assert_running(one, 0, 3, moved(one, everyone, [0, 3]))
-    state, (mean, var) = data.initial_state(one), moved(one, everyone, [0])
+    assert_running(one, 0, 3, moved(one, all_ranks, [0, 3]))
+    state, (mean, var) = data.initial_state(one), moved(one, all_ranks, [0])
     x = np.moveaxis(data.shard(one, 2, 0), 1, -1)
     y = (x - mean) / np.sqrt(var + 1e-5) * state["weight"] + state["bias"]
     np.testing.assert_allclose(value(one, "y", 0, 2), np.moveaxis(y, -1, 1), rtol=1e-9)

@@ -39,16 +39,16 @@ def unstarted() -> RankPool:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
-    """The cases that were asked, while every one with a training step hangs."""
+def run_cases(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """The cases that were run, while every case with a training step hangs."""
     cases: list[Case] = []
 
-    def ask(pool: RankPool, case: Case) -> Verdict:
+    def judge(pool: RankPool, case: Case) -> Verdict:
         cases.append(case)
         hangs = any(step.mode == "train" and not step.error for step in case.steps)
         return Verdict("hang" if hangs else "pass", None, "planted")
 
-    monkeypatch.setattr(explore, "_judge", ask)
+    monkeypatch.setattr(explore, "_judge", judge)
     return cases
 
 
@@ -124,20 +124,20 @@ def test_what_a_target_does_not_support_is_counted(
     assert {dtype for subject, dtype in found.drawn if subject == "input"} <= {"float32", "int64"}
 
 
-def test_nobody_waits_twice_for_the_same_hang(
-    unstarted: RankPool, asked: list[Case], tmp_path: Path
+def test_the_same_hang_costs_time_only_once(
+    unstarted: RankPool, run_cases: list[Case], tmp_path: Path
 ) -> None:
     finding = explore.explore(unstarted, 0.0, 0, tmp_path).finding
     assert finding is not None
     assert (finding.case.clause, finding.case.checks) == ("ERR-9", ())
     assert len(finding.case.steps) == 1
-    *ids, again = [case.id for case in asked]
+    *ids, again = [case.id for case in run_cases]
     assert len(ids) == len(set(ids))
     assert again == finding.case.id
 
 
 def test_the_search_for_a_simpler_case_ends_when_time_is_over(
-    unstarted: RankPool, asked: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unstarted: RankPool, run_cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(explore, "_SHRINK_SECONDS", -1.0)
     found = explore.explore(unstarted, 0.0, 0, tmp_path)
@@ -145,7 +145,7 @@ def test_the_search_for_a_simpler_case_ends_when_time_is_over(
     assert found.finding.verdict.verdict == "hang"
     # Three dtypes; the first to fail, the same without its checks, and that once more.
     assert found.verdicts["hang"] == 1
-    assert len(asked) == 3 + sum(found.verdicts.values()) + 2
+    assert len(run_cases) == 3 + sum(found.verdicts.values()) + 2
 
 
 def test_results_that_cannot_be_judged_are_not_asked_for(unstarted: RankPool) -> None:

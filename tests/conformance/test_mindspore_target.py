@@ -41,7 +41,7 @@ def case(*steps: Step, checks: tuple[str, ...] = ("y",), **fields: Any) -> Case:
     return Case("FWD-1", "planted", 2, layer, steps, checks, **fields)
 
 
-def ask(cls: str, *cases: Case, mode: str = "pynative", starts: int = 1) -> list[Verdict]:
+def run_cases(cls: str, *cases: Case, mode: str = "pynative", starts: int = 1) -> list[Verdict]:
     """The verdicts on cases, one after the other, and how often ranks had to be started."""
     with RankPool(targets.parse(f"{PLANTED}:{cls}", mode=mode), 2) as pool:
         found = [runner.run_case(pool, one).verdict for one in cases]
@@ -124,11 +124,11 @@ class TestAnswers:
         ]
         cases.append(case(EVEN, EVEN, checks=gradients, groups=((0,), (1,))))
         cases.append(case(dataclasses.replace(EVEN, beside=True), checks=gradients))
-        assert [found.message for found in ask("Composed", *cases, mode=mode)] == [None] * 9
+        assert [found.message for found in run_cases("Composed", *cases, mode=mode)] == [None] * 9
 
     @pytest.mark.parametrize("mode", MODES)
     def test_of_a_wrong_layer_fail(self, mode: str) -> None:
-        (found,) = ask("Local", case(EVEN), mode=mode)
+        (found,) = run_cases("Local", case(EVEN), mode=mode)
         assert found.verdict == "fail"
         assert "step 0: y[" in str(found.message)
 
@@ -142,7 +142,7 @@ class TestAnswers:
         ],
     )
     def test_count_collectives(self, cls: str, mode: str, counts: str) -> None:
-        (found,) = ask(cls, case(EVEN, checks=("collectives",)), mode=mode)
+        (found,) = run_cases(cls, case(EVEN, checks=("collectives",)), mode=mode)
         assert f"collectives in forward and backward is {counts}, expected" in str(found.message)
 
     def test_counting_leaves_the_layer_as_it_was(self, operator: RankPool) -> None:
@@ -153,14 +153,14 @@ class TestAnswers:
 
     def test_tell_a_platform_without_a_dtype_from_a_layer_that_refuses_it(self) -> None:
         halves = (dataclasses.replace(EVEN, dtype=one) for one in ("bfloat16", "float16"))
-        lacking, refused = ask("NoFloat16", *map(case, halves))
+        lacking, refused = run_cases("NoFloat16", *map(case, halves))
         assert lacking.verdict == "unsupported"
         assert "has no bfloat16 on CPU: " in str(lacking.message)
         assert refused.verdict == "fail"
         assert "raised TypeError: input must not be float16" in str(refused.message)
 
     @pytest.mark.parametrize("frozen", [{"frozen_parameters": (0,)}, {}])
-    def test_a_graph_is_not_asked_who_has_nothing_to_differentiate(
+    def test_a_graph_cannot_see_who_has_nothing_to_differentiate(
         self, frozen: dict[str, Any]
     ) -> None:
         error = ExpectedError("RuntimeError", (0,))
@@ -186,7 +186,7 @@ class TestAnswers:
             ("float64", "y", "rounds float64 in a graph that can raise"),
         ],
     )
-    def test_what_a_graph_that_raises_is_not_asked(
+    def test_what_a_graph_that_raises_does_not_support(
         self, dtype: str, check: str, message: str
     ) -> None:
         failing = Step(((3, 3, 4), (3, 4, 4)), error=ExpectedError("ValueError", (1,)))
@@ -196,7 +196,7 @@ class TestAnswers:
         assert found.verdict == "unsupported"
         assert message in str(found.message)
 
-    def test_kernels_of_ascend_are_not_asked_for_float64(self) -> None:
+    def test_kernels_of_ascend_have_no_float64(self) -> None:
         step = dataclasses.replace(EVEN, dtype="float64")
         one = dataclasses.replace(case(step), layer={"num_features": 3, "dtype": "float64"})
         with RankPool(targets.parse("syncbn.mindspore", backend="aclnn"), 2) as pool:
@@ -207,7 +207,7 @@ class TestAnswers:
 
 @needs_mindspore
 class TestWorld:
-    """After an error that all ranks survive the pool asks them to form a world again."""
+    """After an error that all ranks survive, they form a world again."""
 
     @pytest.mark.parametrize("mode", MODES)
     def test_goes_on_after_an_error(self, mode: str) -> None:
@@ -215,13 +215,15 @@ class TestWorld:
             dataclasses.replace(EVEN, mode="eval", error=ExpectedError("ValueError", (0, 1)))
         )
         groups = case(EVEN, groups=((0, 1),))
-        found = ask("SpeaksOutOfTurn", groups, failing, groups, case(EVEN), mode=mode)
+        found = run_cases("SpeaksOutOfTurn", groups, failing, groups, case(EVEN), mode=mode)
         assert [one.message for one in found] == [None] * 4
 
     def test_is_not_trusted_with_ranks_out_of_step(self) -> None:
         """What rank 0 sent last would be taken for the result of the next broadcast."""
         step = Step(((3, 4, 4), (3, 4, 4)), mode="eval", error=ExpectedError("ValueError", (0, 1)))
-        found = ask("SpeaksOutOfTurn", case(EVEN), case(step, channels=4), case(EVEN), starts=2)
+        found = run_cases(
+            "SpeaksOutOfTurn", case(EVEN), case(step, channels=4), case(EVEN), starts=2
+        )
         assert [one.message for one in found] == [None] * 3
 
 

@@ -44,7 +44,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_bad_case_costs_one_case() -> None:
-    """A rank that dies, one that never returns, one that raises: each beside good cases."""
+    """A rank that dies, one that never returns, one that raises: each between good cases."""
     channels = (3, 64, 3, 65, 3, 257, 3)
     with RankPool(targets.parse(f"{PLANTED}:FailsByChannels"), 2) as pool:
         # 65 channels never return. The others have time enough on a busy machine.
@@ -63,7 +63,7 @@ def test_a_bad_case_costs_one_case() -> None:
     assert not any(alive(pid) for pid in left)
 
 
-def test_nobody_waits_at_a_closed_listener() -> None:
+def test_no_thread_waits_at_a_closed_listener() -> None:
     """A signal would make such a thread accept the ranks of the next listener, with an old key."""
     before = set(threading.enumerate())
     with RankPool(targets.parse(f"{PLANTED}:FailsByChannels"), 2) as pool:
@@ -153,7 +153,7 @@ def test_no_orphans_when_the_controller_ends(how: signal.Signals, tmp_path: Path
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     ranks = wait_for_children(controller.pid, 2)
-    time.sleep(4.0)  # the case has begun, or is about to: either way nobody may stay
+    time.sleep(4.0)  # the case has begun, or is about to: no process may stay
     controller.send_signal(how)
     _, errors = controller.communicate(timeout=30)
     end = time.monotonic() + 15

@@ -56,6 +56,6 @@ def test_only_documented_clauses_count_if_that_is_the_level() -> None:
         assert report_of({name: "fail"}, "documented")["summary"]["verdict"] == verdict
 
 
-def test_cases_that_could_not_be_asked_are_shown() -> None:
+def test_unsupported_cases_are_shown() -> None:
     row = clause(report_of({"FWD-1": "unsupported"}), "FWD-1")
     assert (row["verdict"], row["unsupported"], row["cases"]) == ("pass", 1, 2)

@@ -1,4 +1,4 @@
-"""Who is asked what, and what the answers of target and oracle mean together."""
+"""Which pool runs a case, and what the answers of target and oracle mean together."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Answers:
         return Outcome([self.message])
 
 
-class NeverAsked:
+class NeverRuns:
     def run(self, case: Case) -> Outcome:
-        raise AssertionError("the oracle must not be asked")
+        raise AssertionError("the oracle must not run")
 
 
 def run_case(target: Any, oracle: Any) -> runner.Result:
@@ -61,7 +61,7 @@ def test_findings(target: Answers, oracle: Answers, finding: str) -> None:
     assert finding in runner.FINDINGS
 
 
-def test_no_oracle_is_asked_what_the_target_does_not_support() -> None:
-    result = run_case(Answers(unsupported="no float64"), NeverAsked())
+def test_no_oracle_runs_what_the_target_does_not_support() -> None:
+    result = run_case(Answers(unsupported="no float64"), NeverRuns())
     assert (result.verdict.verdict, result.verdict.message) == ("unsupported", "no float64")
     assert result.comparison is None

@@ -199,7 +199,7 @@ def test_undefined_numbers_fail_where_no_value_is_expected() -> None:
     assert found.message == "rank 1, step 0: grad_input has NaN"
 
 
-def test_errors_are_told_from_wrong_answers() -> None:
+def test_errors_are_no_wrong_answers() -> None:
     assert verdict_after(lambda answers: answers[0].arrays.pop("0/y")).raised is False
     error = {"types": ["ValueError"], "message": "planted"}
     assert verdict_after(lambda answers: answers[0].content.update(error=error)).raised is True
@@ -316,9 +316,9 @@ def test_which_clauses_count_for_the_exit_status() -> None:
     def counting(level: str) -> set[str]:
         return {name for name in CLAUSES if verdict.required(name, level)}
 
-    asked = {name for name, clause in CLAUSES.items() if clause.not_run is None}
-    assert counting("decided") == asked
-    assert counting("documented") == {name for name in asked if CLAUSES[name].documented}
+    with_cases = {name for name, clause in CLAUSES.items() if clause.not_run is None}
+    assert counting("decided") == with_cases
+    assert counting("documented") == {name for name in with_cases if CLAUSES[name].documented}
     assert counting("documented") < counting("decided")
 
 

@@ -103,7 +103,7 @@ def job(launcher: str) -> Iterator[Job]:
 
 
 @each_launcher
-def test_a_rank_knows_its_place(job: Job) -> None:
+def test_a_rank_gets_its_place(job: Job) -> None:
     for rank in (0, 1):
         said, error = job.output(rank).splitlines()
         assert said == f"{rank} 2 {rank} hello {Path.cwd()} {sys.executable} ''"
@@ -118,7 +118,7 @@ def test_no_process_gets_the_ctrl_c_of_the_controller(launcher: str, job: Job) -
 
 
 @each_launcher
-def test_stacks_are_dumped_and_nobody_dies_of_it(launcher: str, job: Job) -> None:
+def test_stacks_are_dumped_and_no_rank_dies(launcher: str, job: Job) -> None:
     before = processes(f"waits-{launcher}")
     job.dump_stacks()
     wait_until(lambda: all("in waits" in job.output(rank) for rank in (0, 1)))
@@ -165,7 +165,7 @@ def test_stop_leaves_nothing(
     ("condition", "names"),
     [
         ("os.environ.get('RANK') == '1'", "rank 1"),
-        ("True", "rank"),  # msrun itself, too
+        ("True", "rank"),  # msrun itself as well
     ],
 )
 def test_the_pool_sees_what_dies_at_its_start(

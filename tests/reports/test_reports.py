@@ -274,7 +274,7 @@ class TestSave:
         reports.save(passing(), path)
 
         def interrupt(*_: Any) -> None:
-            assert len(os.listdir(tmp_path)) == 2  # a temporary file beside the report
+            assert len(os.listdir(tmp_path)) == 2  # a temporary file next to the report
             raise cause
 
         monkeypatch.setattr(os, call, interrupt)
@@ -519,19 +519,25 @@ class TestCommandLine:
         assert all(name.startswith("syncbn.reports") for name in ours)
 
 
-def beside(finding: str, verdict: str = "pass", **fields: Any) -> dict[str, Any]:
-    """What an oracle made of a case."""
+def comparison(finding: str, verdict: str = "pass", **fields: Any) -> dict[str, Any]:
+    """The result of an oracle in a case."""
     empty = {"ratio": None, "apart": None, "message": None}
     return {"finding": finding, "verdict": verdict, **empty, **fields}
 
 
 def three_ways() -> dict[str, Any]:
-    """A target that passes, beside an oracle that does not always."""
+    """A target that passes, and an oracle that does not always."""
     cases = [
-        case(1, "FWD-1", ratio=0.1, oracle=beside("agree", ratio=0.2, apart=0.3)),
-        case(2, "FWD-4", oracle=beside("oracle departs", "fail", ratio="inf", message="y is nan")),
-        case(3, "FWD-4", oracle=beside("no answer", "fail", message="ValueError: [bold]no[/bold]")),
-        case(4, "ERR-9", oracle=beside("not asked", "not-run", message="may hang")),
+        case(1, "FWD-1", ratio=0.1, oracle=comparison("agree", ratio=0.2, apart=0.3)),
+        case(
+            2, "FWD-4", oracle=comparison("oracle departs", "fail", ratio="inf", message="y is nan")
+        ),
+        case(
+            3,
+            "FWD-4",
+            oracle=comparison("no answer", "fail", message="ValueError: [bold]no[/bold]"),
+        ),
+        case(4, "ERR-9", oracle=comparison("not asked", "not-run", message="may hang")),
     ]
     report = report_of([clause("FWD-1"), clause("FWD-4", cases=2), clause("ERR-9")], cases)
     oracle = report["target"] | {"name": "mindspore.mint", "rung": "substituted"}
@@ -543,7 +549,7 @@ class TestOracle:
     def test_is_valid(self) -> None:
         reports.validate(three_ways())
 
-    def test_a_finding_that_nobody_knows_is_refused(self) -> None:
+    def test_an_unknown_finding_is_refused(self) -> None:
         report = three_ways()
         report["cases"][0]["oracle"]["finding"] = "fine"
         with pytest.raises(ReportError, match="'fine' is not one of"):
@@ -570,7 +576,7 @@ class TestOracle:
     def test_an_oracle_that_was_left_out_is_said_to_be(self) -> None:
         assert "oracle left out: --oracle none" in table(passing(), 100)
 
-    def test_a_clause_that_passes_says_what_of_it_could_not_be_asked(self) -> None:
+    def test_a_clause_that_passes_shows_its_unsupported_cases(self) -> None:
         partly = clause("NUM-2", cases=3, unsupported=1, reason="no bfloat16")
         cases = [case(1, "NUM-2"), case(2, "NUM-2"), case(3, "NUM-2", "unsupported")]
         assert any(
@@ -579,7 +585,7 @@ class TestOracle:
 
 
 class TestFindings:
-    def test_tells_each_run_and_how_to_see_it_again(self) -> None:
+    def test_shows_each_run_and_how_to_see_it_again(self) -> None:
         one, four = failing(), failing()
         one["ranks"] = 1
         text = reports.findings([four, one], "the command")
