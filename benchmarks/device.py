@@ -229,7 +229,7 @@ def _prepare() -> None:
     # A tensor made with device="cuda" must not look for a driver.
     torch.cuda._initialized = True
     vendor.install()
-    for key in ("PrivateUse1", "CUDA"):  # so that whoever looks finds that the device has them
+    for key in ("PrivateUse1", "CUDA"):  # a search for them succeeds on the device
         for name in vendor.KERNELS:
             _LIBRARY.impl(name, _never_called, key)
 

@@ -1,4 +1,4 @@
-"""What a training step of SyncBatchNorm costs beside torch.nn.BatchNorm2d, on CPU ranks.
+"""What a training step of SyncBatchNorm costs, compared with torch.nn.BatchNorm2d, on CPU ranks.
 
 Every rank is a process of one thread, joined to the others by Gloo, with a float32 shard of its
 own. Timed is forward plus backward, for the gradients of input, weight and bias, of
@@ -129,7 +129,7 @@ def summary(of_ranks: list[Samples]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What the times depend on beside the code."""
+    """What the times depend on, besides the code."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -71,7 +71,7 @@ def train(
 ) -> list[State]:
     """Train on this rank's shard of every batch; the state after each epoch.
 
-    With one rank, the shard is the batch: this is the single process, too.
+    With one rank, the shard is the batch: that is the single process.
     """
     images, labels = plan.images.to(dtype), plan.labels
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -2,10 +2,10 @@
 
 What examples.digits shows with PyTorch, in float32: ranks that share every global batch unevenly
 follow one process that trains the same network with mindspore.nn.BatchNorm2d on whole batches.
-msrun starts the ranks. The trained networks are judged by examples.digits, so that PyTorch, which
-this needs too, evaluates what MindSpore has learned. The 1000 epsilons that it allows part rounding
-from bugs here, too: rounding came to 9 of them at most, a running_var without Bessel's correction
-to 2200 and statistics of each rank alone to 460000.
+msrun starts the ranks. examples.digits judges the trained networks, so this needs PyTorch as well,
+which evaluates what MindSpore has learned. The 1000 epsilons that it allows separate rounding from
+bugs here as well: rounding came to 9 of them at most, a running_var without Bessel's correction to
+2200 and statistics of each rank alone to 460000.
 
     python -m examples.digits_mindspore
     python -m examples.digits_mindspore --ranks 2 --epochs 3
@@ -60,7 +60,7 @@ def train(
 ) -> Iterator[Mapping[str, Parameter]]:
     """Train on this rank's shard of every batch; the parameters, as they are after each epoch.
 
-    With one rank, the shard is the batch: this is the single process, too.
+    With one rank, the shard is the batch: that is the single process.
     """
     images, labels = plan.images.float().numpy(), plan.labels.int().numpy()
     weights = net.trainable_params()

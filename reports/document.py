@@ -57,7 +57,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
     """
     validate(report)
     path = Path(path)
-    # Not tempfile: only the owner can read its files, but everybody must read CI artifacts.
+    # Not tempfile: only the owner can read its files, but a CI artifact must be readable for all.
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         try:

@@ -128,9 +128,8 @@ class Communicator(nn.Cell):
     """The ranks that take a step together, and their two collectives, which also compile.
 
     On Ascend they are HCCL's. On CPU, MindSpore reduces only float16 and float32, and gathers
-    only over the whole world: there a table that is 0 but for each rank's own row is added up,
-    and float64 goes in three float32 words, exactly but for what is beyond float32's normal
-    numbers.
+    only over the whole world. There a table is added up that is 0 except in each rank's own row,
+    and float64 goes in three float32 words, which is exact within float32's normal numbers.
     """
 
     def __init__(self, group: Group) -> None:
@@ -166,7 +165,7 @@ class Communicator(nn.Cell):
         return ops.where(together, table[:, :-1].sum(0), float("nan"))
 
     def _padded(self, values: Tensor) -> Tensor:
-        """The table that is 0 but for this rank's row, in words of float32."""
+        """The table that is 0 except in this rank's row, in words of float32."""
         return ops.where(self.own_row, _split(values), ops.zeros((1,), ms.float32))
 
 

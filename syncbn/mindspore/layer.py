@@ -57,7 +57,7 @@ class SyncBatchNorm(nn.Cell):
     freezes its input, or with SYNCBN_DEBUG=1): on CPU the gradients are then NaN, not wrong.
     With SYNCBN_DEBUG=1, give a graph contiguous inputs: MindSpore 2.10.0 ignores the strides of one
     that no operation has used before the point where the graph may raise.
-    On CPU, a graph that runs one float64 layer twice, updates its parameters, too, or may raise,
+    On CPU, a graph that runs one float64 layer twice, also updates its parameters, or may raise,
     may round to float32: MindSpore copies by an operator without float64 there (TensorMove).
 
     Args:
@@ -76,7 +76,7 @@ class SyncBatchNorm(nn.Cell):
 
     Inputs:
         x: (N, C, +) with at least 2 dimensions, of the dtype of the parameters, or float16 or
-            bfloat16 beside float32.
+            bfloat16 with float32.
 
     Outputs:
         y, of the shape and dtype of x.

@@ -43,7 +43,7 @@ class BatchStatistics(nn.Cell):
     Args:
         num_features: C.
         group: whose ranks call the cell together.
-        backend: of the leaf operations.
+        backend: of the five operations.
     """
 
     def __init__(self, num_features: int, group: Group, backend: Backend) -> None:
@@ -174,7 +174,7 @@ def problem_of(x: Any, num_features: int, weight: Tensor | None) -> tuple[str, s
     """Type and text of the error that x deserves, or None if it can be normalized.
 
     x must be a tensor of shape (N, C, +) with C = num_features, of the dtype of the parameters or
-    of float16 or bfloat16 beside float32 parameters.
+    of float16 or bfloat16 with float32 parameters.
     """
     if not isinstance(x, Tensor):
         return "TypeError", "input must be a mindspore.Tensor"

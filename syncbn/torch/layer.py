@@ -53,7 +53,7 @@ class SyncBatchNorm(_BatchNorm):
         backend: "auto" or the name of a backend (`syncbn.torch.backends`).
 
     Shape: input (N, C, +) with at least 2 dimensions; output the same, also in dtype and memory
-    format. Input is of the dtype of the parameters, or float16 or bfloat16 beside float32.
+    format. Input is of the dtype of the parameters, or float16 or bfloat16 with float32.
 
     Raises:
         TypeError: an argument is not of its type; see `syncbn.contract.check_arguments`.

@@ -119,7 +119,7 @@ def _transformed_normalize(
 
 
 def _per_channel(x: Tensor) -> tuple[list[int], list[int]]:
-    """The dimensions of x that a channel spans, and the shape of a vector beside x."""
+    """The dimensions of x that a channel spans, and the shape of a vector that goes with x."""
     return [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
 
 

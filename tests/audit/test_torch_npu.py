@@ -141,7 +141,7 @@ class TestPlanted:
 
 @needs_compiler
 def test_stand_ins(tmp_path: Path) -> None:
-    """A library whose dependency is gone can be loaded beside the stand-in, which returns 0."""
+    """A library whose dependency is gone can be loaded with the stand-in, which returns 0."""
     package, stand_ins = tmp_path / "torch_npu", tmp_path / "stand_ins"
     (package / "lib").mkdir(parents=True)
     stand_ins.mkdir()

@@ -95,8 +95,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["run", "--target", "nobody"], "target must be"),
-        (["run", "--target", "torch:nobody:C", "--ranks", "1"], "No module named 'nobody'"),
+        (["run", "--target", "missing"], "target must be"),
+        (["run", "--target", "torch:missing:C", "--ranks", "1"], "No module named 'missing'"),
         (["run", "--target", f"{PLANTED}:CannotBeBuilt", "--ranks", "1"], "planted constructor"),
         (["run", "--device", "npu", "--ranks", "1"], "torch_npu"),
         (["run", "--device", "cuda", "--ranks", "1"], "there is no device cuda"),

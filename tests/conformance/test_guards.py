@@ -1,7 +1,7 @@
 """The suite's own tests notice when the comparators, the reference or the data are sabotaged.
 
 A sabotage replaces one attribute of one module, in a process of its own. There, each of the tests
-named beside it must fail, by an assertion and not by accident; without sabotage all of them pass.
+named with it must fail, by an assertion and not by accident; without sabotage all of them pass.
 """
 
 from __future__ import annotations

@@ -352,7 +352,7 @@ def clusters(n: int, gap: float) -> Batch:
 
 
 def alternating(n: int, size: float) -> Batch:
-    """x and dy of magnitude `size`, the sign turning at every value, beside unit noise."""
+    """x and dy of magnitude `size`, with a sign that turns at every value, plus unit noise."""
     rng = np.random.default_rng(4)
     x, dy = rng.standard_normal((2, 16, n)) + size * alternation(n)
     return batch_of(x, dy)
@@ -366,7 +366,7 @@ def above_a_power_of_two(n: int, ulps: int) -> Batch:
 
 
 def outlier(n: int, size: float) -> Batch:
-    """The first value swamps the others, which are alike but for their sign, in every sum."""
+    """The first value swamps the others, which differ only in sign, in every sum."""
     rng = np.random.default_rng(6)
     x, dy = rng.choice([-1.0, 1.0], (2, 16, n)) * rng.uniform(0.9, 1, (2, 16, 1))
     x[:, 0] = dy[:, 0] = size

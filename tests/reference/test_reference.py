@@ -1,7 +1,8 @@
-"""The reference is right: against complex-step derivatives, exact arithmetic and itself cut anew.
+"""The reference is right.
 
+It is compared with complex-step derivatives, exact arithmetic, and itself on other cuts of a batch.
 Where a value is compared with a tolerance, the tolerance is the reference's own claim: half of
-the float64 bound beside each value is what it allows itself (syncbn.reference.bounds).
+the float64 bound of each value is what it allows itself (syncbn.reference.bounds).
 """
 
 from __future__ import annotations

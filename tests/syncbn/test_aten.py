@@ -299,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "gather, invstd of 0": (lambda: _gather(mean=0 * TABLE), "invstd should be greater than 0"),
     "gather, short running": (lambda: _gather(running=ONES[:2]), r"runningMean .*\(3,\), got \(2"),
     "gather, float64": (lambda: _gather(running=ONES.double()), "runningMean .*float64"),
-    "elemt, statistics of float32 beside halves": (lambda: _elemt(X.half()), "mean .*float16, got"),
+    "elemt, statistics of float32 with halves": (lambda: _elemt(X.half()), "mean .*float16, got"),
     "elemt, weight of float16": (lambda: _elemt(weight=ONES.half()), "weight .*float32, got"),
     "elemt, float64": (lambda: _elemt(X.double()), "input .*float64"),
     "elemt, channels": (lambda: _elemt(mean=ONES[:2]), r"mean .*shape \(3,\), got \(2,\)"),

@@ -412,7 +412,7 @@ def penalty_of(layer: Any) -> Any:
 
 
 class TestSecondDerivative:
-    """The gradient of a penalty on gradients, beside PyTorch's own BatchNorm in float64."""
+    """The gradient of a penalty on gradients, compared with PyTorch's own BatchNorm in float64."""
 
     @pytest.mark.parametrize(
         ("training", "mode"), [(True, "pynative"), *((False, mode) for mode in MODES)]

@@ -629,7 +629,7 @@ class TestFunctional:
         before = state_of(layer)
         with pytest.raises(RuntimeError, match="needs torch"):
             functional.sync_batch_norm(
-                randn(5, 3), layer.running_mean, layer.running_var, process_group="nobody"
+                randn(5, 3), layer.running_mean, layer.running_var, process_group="missing"
             )
         assert_untouched(layer, before)
 

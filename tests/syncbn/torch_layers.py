@@ -1,4 +1,4 @@
-"""What the tests of the PyTorch layer share: layers, tensors, and the reference beside them."""
+"""What the tests of the PyTorch layer share: layers, tensors, and the reference for them."""
 
 from __future__ import annotations
 

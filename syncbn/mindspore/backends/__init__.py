@@ -1,4 +1,4 @@
-"""The backends of the layer: five leaf operations each, and nothing else."""
+"""The backends of the layer: the five operations each, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The five leaf operations by the kernels that MindSpore's own SyncBatchNorm uses on Ascend.
+"""The five operations by the kernels that MindSpore's own SyncBatchNorm uses on Ascend.
 
 Four of their habits would cost digits or raise, and are kept from the user:
 - they give a variance as 1 / sqrt(var + eps) and take it back as 1 / invstd^2 - eps, where a

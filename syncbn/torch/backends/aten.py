@@ -1,4 +1,4 @@
-"""The five leaf operations by the kernels that PyTorch's own SyncBatchNorm uses.
+"""The five operations by the kernels that PyTorch's own SyncBatchNorm uses.
 
 On CUDA they are PyTorch's; on NPUs torch_npu maps them to CANN's aclnn. What would cost digits or
 raise is kept from the user:
@@ -13,7 +13,7 @@ raise is kept from the user:
   type, which is not exact beyond 2^24, and no statistics that are 0. It is not used: `combine`
   merges a few numbers per channel and rank, and has no such limits.
 - aclnn's batch_norm_elemt rebuilds var = 1 / invstd^2 - eps: eps is 0. It is documented for input,
-  parameters and statistics of one dtype: all are float32 there, also beside halves.
+  parameters and statistics of one dtype: all are float32 there, also with halves.
 - aclnn's batch_norm_backward_reduce is sum(dy x) - mean sum(dy), where a large mean drowns the
   result: there it gets x - mean, in float32, and a mean of 0. CUDA's kernel subtracts the mean
   from each value, and gets x as it is.

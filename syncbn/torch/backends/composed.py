@@ -1,4 +1,4 @@
-"""The five leaf operations, composed of ATen's native batch-norm kernels; shown on CPU.
+"""The five operations, composed of ATen's native batch-norm kernels; shown on CPU.
 
 Used as they are, the CPU kernels lose accuracy: on channels-last input they add up float32 values
 one after the other, so that 1e5 values of mean/std 1e4 leave no digit of the variance. Here a
@@ -139,7 +139,7 @@ def _kernel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.dtype == _accumulating(x):
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
         return mean, var
-    # For halves the kernel returns float32 only beside float32 running statistics.
+    # For halves the kernel returns float32 only with float32 running statistics.
     unused = torch.zeros(2, x.shape[1], dtype=torch.float32, device=x.device)
     mean, var = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
     return mean, var

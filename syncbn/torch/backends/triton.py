@@ -1,4 +1,4 @@
-"""The five leaf operations by this project's Triton kernels, on Ascend and CUDA.
+"""The five operations by this project's Triton kernels, on Ascend and CUDA.
 
 How far they have been shown to work on which device is in docs/kernels.md. With TRITON_INTERPRET=1
 in the environment they run on CPU tensors, slowly, for debugging.

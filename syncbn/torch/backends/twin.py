@@ -1,4 +1,4 @@
-"""The five leaf operations by the kernels as Ascend's compiler lowered them, on CPU tensors."""
+"""The five operations by the kernels as Ascend's compiler lowered them, on CPU tensors."""
 
 from __future__ import annotations
 
