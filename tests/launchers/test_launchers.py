@@ -68,7 +68,7 @@ os.kill(os.getpid(), 9)
 
 
 def processes(mark: str) -> list[int]:
-    """Whoever was started with this mark in the environment, itself or by an ancestor."""
+    """The processes started with this mark in the environment, by themselves or by an ancestor."""
     found = []
     for place in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
