@@ -134,7 +134,7 @@ class Communicator(nn.Cell):
 
     def __init__(self, group: Group) -> None:
         super().__init__()
-        self.size = len(group.ranks)
+        self.ranks, self.size = group.ranks, len(group.ranks)
         self.on_cpu = ms.get_context("device_target") == "CPU"
         if self.size > 1:
             self.reduce = ops.AllReduce(ops.ReduceOp.SUM, group.name)

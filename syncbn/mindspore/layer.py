@@ -11,16 +11,34 @@ from mindspore._c_expression import MixedPrecisionType
 from mindspore.communication import GlobalComm
 from mindspore.rewrite.common import namespace
 
+from syncbn import protocol
 from syncbn.contract import SINGLE_VALUE, check_arguments, check_dtype
 from syncbn.mindspore import backends
 from syncbn.mindspore.backends import statistics_dtype
 from syncbn.mindspore.graph import compiling, may_sync_host, note_compiled, was_compiled
-from syncbn.mindspore.groups import ALONE, communication_began, resolve
-from syncbn.mindspore.layout import count_of, per_channel
+from syncbn.mindspore.groups import ALONE, Group, communication_began, resolve
+from syncbn.mindspore.layout import LeadingOnes, count_of, per_channel
+from syncbn.mindspore.normalize import Normalize, NormalizeByConstants
 from syncbn.mindspore.settings import Settings, Values
-from syncbn.mindspore.step import FLOATING, StepCells, problem_of, raise_problem
+from syncbn.mindspore.step import DTYPES, BatchStatistics, dtype_name, problem_of, raise_problem
 
 _CellT = TypeVar("_CellT", bound=nn.Cell)
+
+
+@ms.jit_class
+class _StepCells:
+    """The cells of a step, by the statistics that they use.
+
+    This holder is no cell: tools for mixed precision rewrite the child cells of a layer.
+    """
+
+    def __init__(self, num_features: int, group: Group, backend: backends.Backend) -> None:
+        self.group_statistics = BatchStatistics(num_features, group, backend)
+        self.own_statistics = BatchStatistics(num_features, ALONE, backend)
+        self.normalize_by_group = Normalize(backend, group)
+        self.normalize_by_own = Normalize(backend, ALONE)
+        self.normalize_by_running = NormalizeByConstants()
+        self.leading_ones = LeadingOnes()
 
 
 class SyncBatchNorm(nn.Cell):
@@ -102,7 +120,7 @@ class SyncBatchNorm(nn.Cell):
         backend: str = "auto",
     ) -> None:
         check_arguments(num_features, eps, momentum, affine, track_running_stats)
-        check_dtype(dtype, FLOATING)
+        check_dtype(dtype, DTYPES)
         backends.load(backend)  # before anything is built: it may be refused
         super().__init__()
         # Set explicitly: otherwise PyNative inherits the enclosing cell's value.
@@ -124,7 +142,7 @@ class SyncBatchNorm(nn.Cell):
         problem = problem_of(x, self.num_features, self.weight)
         raise_problem(problem)
         mean, _, invstd, n = self._step.own_statistics(
-            x, self.weight, self.bias, self._settings.eps, problem
+            x, self.weight, self.bias, self._settings.eps, problem, None
         )
         return self._step.normalize_by_own(x, self.weight, self.bias, mean, invstd, n)
 
@@ -218,7 +236,7 @@ class SyncBatchNorm(nn.Cell):
         self._found_communication = bool(GlobalComm.INITED)
         self._is_member = group.place is not None
         trains_with = group if self._is_member else ALONE
-        self._step = StepCells(self.num_features, trains_with, operations)
+        self._step = _StepCells(self.num_features, trains_with, operations)
 
     def add_flags_recursive(self, **flags: Any) -> Any:
         """Take a flag of nn.Cell, but none of mixed precision (`to_float`, amp).
@@ -248,8 +266,11 @@ class SyncBatchNorm(nn.Cell):
         # copy what it reads around the write; on CPU a copy of float64 is rounded to float32.
         weight = None if self.weight is None else self.weight.value()
         bias = None if self.bias is None else self.bias.value()
+        agreed = None
+        if not compiling():
+            agreed = self._agreed_settings()
         mean, var, invstd, n = self._step.group_statistics(
-            x, weight, bias, self._settings.eps, problem
+            x, weight, bias, self._settings.eps, problem, agreed
         )
         if problem is not None:
             return ops.depend(x, mean)  # never: it was raised. But a graph is compiled to its end.
@@ -259,6 +280,21 @@ class SyncBatchNorm(nn.Cell):
         if self.running_mean is not None:
             self._update_running(mean, var, n)
         return self._step.normalize_by_group(x, weight, bias, mean, invstd, n)
+
+    def _agreed_settings(self) -> protocol.Settings:
+        """What the layers of all ranks must have in common."""
+        values = self._settings.values
+        tracks = values.track_running_stats and self.running_mean is not None
+        first = next(iter(self.get_parameters()), None)
+        return protocol.Settings(
+            self.num_features,
+            values.eps,
+            values.momentum if tracks else None,
+            None if first is None else dtype_name(first.dtype),
+            self.weight is not None,
+            tracks,
+            backends.info(self._backend).name,
+        )
 
     def _evaluate(self, x: Tensor) -> Tensor:
         raise_problem(problem_of(x, self.num_features, self.weight))

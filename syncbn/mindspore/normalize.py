@@ -26,12 +26,14 @@ so a second backward costs one all_reduce of 5 C sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mindspore import Tensor, nn, ops
+from mindspore.graph.api import _pynative_executor
 
 from syncbn.mindspore.backends import Backend, statistics_dtype
-from syncbn.mindspore.graph import compiling
+from syncbn.mindspore.graph import compiling, may_sync_host
 from syncbn.mindspore.groups import Communicator, Group
 from syncbn.mindspore.layout import (
     axes_of_sums,
@@ -41,6 +43,7 @@ from syncbn.mindspore.layout import (
     is_recorded,
     per_channel,
 )
+from syncbn.mindspore.step import sum_over_ranks
 
 # As an operator: MindSpore's own bprops use the function `ops.zeros_like`, and the compiler loses a
 # function that both derivatives call.
@@ -145,11 +148,13 @@ class _Gradients(nn.Cell):
 
         `bprop` needs sum dy and sum dy (x - mean), (2 C,), of this rank and of the group.
         """
-        own = ops.zeros((2 * mean.shape[0],), mean.dtype)
-        if count_of(x.shape) != 0:
-            own = ops.cat(self.reduce_grad(canonical(dy), canonical(x), mean)).astype(mean.dtype)
         # Also without data: the others wait for this rank's sums.
-        sums = self.communicator.all_reduce(ops.depend(own, (dy, mean)), _tag(mean))
+        if compiling():  # @jit.cond: True
+            own = ops.depend(self._sums(dy, x, mean), (dy, mean))
+            sums = self.communicator.all_reduce(own, _tag(mean))
+        else:
+            own, error = _caught(2 * mean.shape[0], mean.dtype, self._sums, dy, x, mean)
+            sums = sum_over_ranks(own, error, self.communicator, _tag(mean))
         dx = ops.zeros(x.shape, x.dtype)
         if count_of(x.shape) != 0:
             sum_dy, sum_dy_xmu = _part(sums, 0, 2), _part(sums, 1, 2)
@@ -167,6 +172,12 @@ class _Gradients(nn.Cell):
             _zeros_like(n),
         )
 
+    def _sums(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+        """sum dy and sum dy (x - mean) of this rank, (2 C,)."""
+        if count_of(x.shape) == 0:
+            return ops.zeros((2 * mean.shape[0],), mean.dtype)
+        return ops.cat(self.reduce_grad(canonical(dy), canonical(x), mean)).astype(mean.dtype)
+
     def bprop(
         self,
         dy: Tensor,
@@ -178,21 +189,33 @@ class _Gradients(nn.Cell):
         out: tuple[Tensor, ...],
         dout: tuple[Tensor, ...],
     ) -> tuple[Tensor | None, ...]:
-        if compiling():
-            # Below, it would lose many functions; see `_zeros_like`.
+        if compiling():  # @jit.cond: True
+            # In the other branch it would lose many functions; see `_zeros_like`.
             raise RuntimeError(
                 "SyncBatchNorm has no second derivative in training in a compiled graph: take it "
                 "in PyNative mode, without ms.jit"
             )
+        else:
+            return self._second_gradients(dy, x, weight, mean, invstd, n, out, dout)
+
+    def _second_gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        n: Tensor,
+        out: tuple[Tensor, ...],
+        dout: tuple[Tensor, ...],
+    ) -> tuple[Tensor | None, ...]:
         g, gw, gb = dout[0], dout[1], dout[2]
         own, sums = out[3], out[4]
-        of_data = ops.zeros((3 * mean.shape[0],), mean.dtype)
-        if count_of(x.shape) != 0:
-            of_data = _sums_of_data(g, dy, x, weight, mean, invstd)
-        own_dy, own_dy_xmu = _part(own, 0, 2), _part(own, 1, 2)
-        of_rank = ops.cat([of_data, gw * own_dy, gw * own_dy_xmu * invstd])
-        of_rank = ops.depend(of_rank, (g, gb, mean))
-        means = self.communicator.all_reduce(of_rank, _tag(invstd)) / ops.maximum(n, 1.0)
+        of_rank, error = _caught(
+            5 * mean.shape[0], mean.dtype, _sums_of_second, g, gw, dy, x, weight, mean, invstd, own
+        )
+        means = sum_over_ranks(of_rank, error, self.communicator, _tag(invstd))
+        means = means / ops.maximum(n, 1.0)
         found = dy, x, _zeros_like(mean)
         if count_of(x.shape) != 0:
             found = _second_gradients(g, gw, gb, dy, x, weight, mean, invstd, sums / n, means)
@@ -219,23 +242,41 @@ class _LastDerivative(nn.Cell):
         )
 
 
+def _caught(
+    size: int, dtype: Any, sums: Callable[..., Tensor], *arguments: Any
+) -> tuple[Tensor, Exception | None]:
+    """In PyNative: the sums (size,), or zeros and the error that they have met."""
+    try:
+        found = sums(*arguments)
+        if may_sync_host():
+            _pynative_executor.sync()  # MindSpore raises errors of operators later
+    except Exception as error:
+        return ops.zeros((size,), dtype), error
+    return found, None
+
+
 def _tag(statistics: Tensor) -> Tensor:
     """The number by which ranks find that they meet in one call; see `Communicator.all_reduce`."""
     return ops.where(ops.isfinite(statistics), statistics, 0.0).sum()
 
 
-def _sums_of_data(
-    g: Tensor, dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor
+def _sums_of_second(
+    g: Tensor,
+    gw: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    own: Tensor,
 ) -> Tensor:
-    """sum h, sum h u and sum h dy over this rank, (3 C,)."""
-    h, u, dy_rows = _weighted(g, weight), _normalized(x, mean, invstd), _rows(dy)
-    return ops.cat(
-        [
-            channel_sums(h, x.dtype),
-            channel_sums(h * u, x.dtype),
-            channel_sums(h * dy_rows, x.dtype),
-        ]
-    )
+    """sum h, sum h u, sum h dy, gw sum dy and gw sum dy u over this rank, (5 C,)."""
+    of_data = [ops.zeros_like(mean)] * 3
+    if count_of(x.shape) != 0:
+        h, u, dy_rows = _weighted(g, weight), _normalized(x, mean, invstd), _rows(dy)
+        of_data = [channel_sums(rows, x.dtype) for rows in (h, h * u, h * dy_rows)]
+    own_dy, own_dy_xmu = _part(own, 0, 2), _part(own, 1, 2)
+    return ops.cat([*of_data, gw * own_dy, gw * own_dy_xmu * invstd])
 
 
 def _second_gradients(

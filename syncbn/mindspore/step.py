@@ -1,40 +1,41 @@
-"""A training step of the layer: statistics of the group, and the gradients that go with them.
+"""The statistics of a training step, over all ranks, and the errors that all ranks raise together.
 
 A step costs two collectives: one all_gather of each rank's statistics in the forward, one
-all_reduce of two sums per channel in the backward. A rank that fails before the all_gather still
+all_reduce of two sums per channel in the backward. A rank that fails before a collective still
 joins it, with a mark, so that every rank raises and none waits (ERR-9).
 
 The cells are written once for PyNative and for graph mode. Where only one of the two can do a
 thing there is a branch on `compiling()`: a graph raises by an operator of its own, which cannot
-quote another rank, and it does not know whether it will be differentiated. A graph also drops a
-collective whose result is not used, and reorders two that do not depend on each other, each rank by
-itself; `ops.depend` stands where a rank without data would otherwise have such collectives.
+quote another rank, and it cannot find out whether it will be differentiated. A graph also drops a
+collective whose result is not used, and reorders two that do not depend on each other, on each rank
+by itself. `ops.depend` prevents that on a rank without data.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.graph.api import _pynative_executor
 
-from syncbn.contract import check_shape
+from syncbn import protocol
+from syncbn.backends import MINDSPORE
+from syncbn.contract import FLOATING, check_input_dtype, check_shape
 from syncbn.mindspore.backends import Backend, statistics_dtype
 from syncbn.mindspore.graph import compiling, may_sync_host
-from syncbn.mindspore.groups import ALONE, Communicator, Group
-from syncbn.mindspore.layout import LeadingOnes, canonical, count_of
-from syncbn.mindspore.normalize import Normalize, NormalizeByConstants
-from syncbn.protocol import PeerError, nothing_to_differentiate
+from syncbn.mindspore.groups import Communicator, Group
+from syncbn.mindspore.layout import canonical, count_of
+from syncbn.protocol import COUNT_HIGH, COUNT_LOW, FAIL, HEADER_WORDS, MARK
 
-FLOATING = (ms.float16, ms.bfloat16, ms.float32, ms.float64)
+DTYPES = tuple(getattr(ms, name) for name in FLOATING)
 
-_COUNT_WORD = 2**20  # a count travels in two words, each exact in float32
-_ERROR_BYTES = 512  # of the text that a failing rank sends round
+# Where the host reads the messages, the first one has room for so many channels, so that its length
+# does not depend on the layer. Those of a wider layer follow in a second all_gather.
+INLINE_CHANNELS = 512
 
-# The last word of a rank's message: what the rank is going to do after the all_gather.
-_NOTHING, _BACKWARD, _FAIL = 0, 1, 2
+_BACKENDS = tuple(MINDSPORE)
 
 
 class BatchStatistics(nn.Cell):
@@ -42,7 +43,7 @@ class BatchStatistics(nn.Cell):
 
     Args:
         num_features: C.
-        group: whose ranks call the cell together.
+        group: the ranks that call the cell together.
         backend: of the five operations.
     """
 
@@ -50,9 +51,8 @@ class BatchStatistics(nn.Cell):
         super().__init__()
         self.num_features = num_features
         self.stats, self.combine = backend.stats, backend.combine
-        self.ranks = Communicator(group)
-        self.rank_ids = list(group.ranks)
-        self.rank_id_tensor = Tensor(np.array(group.ranks))
+        self.communicator = Communicator(group)
+        self.rank_ids = Tensor(np.array(group.ranks))
 
     def construct(
         self,
@@ -61,119 +61,137 @@ class BatchStatistics(nn.Cell):
         bias: Tensor | None,
         eps: Tensor,
         problem: tuple[str, str] | None,
+        settings: protocol.Settings | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean, biased variance and 1 / sqrt(var + eps), (C,) each, of n values (a scalar tensor).
 
+        Args:
+            x: (N, C, +).
+            weight, bias: to find out whether a backward of this rank will reach the layer.
+            eps: a scalar.
+            problem: see `problem_of`.
+            settings: what the layers of all ranks must have in common; None to compare nothing.
+
         Raises:
-            TypeError, ValueError: there is a `problem_of` x.
+            TypeError, ValueError: there is a problem, or the settings of the ranks differ.
             RuntimeError: some ranks have nothing to differentiate, others have and would wait.
-            PeerError: another rank raised one of these, or anything else; in a graph it is a
-                RuntimeError.
+            PeerError: another rank raised any error; in a graph it is a RuntimeError.
         """
         if compiling():  # @jit.cond: True
             table = self._gather_in_graph(x, problem)
         else:
-            table = self._gather(x, weight, bias, problem)
-        counts = table[:, -3] * _COUNT_WORD + table[:, -2]
-        means, variances = table[:, : self.num_features], table[:, self.num_features : -3]
+            table = self._gather(x, weight, bias, problem, settings)
+        counts = table[:, COUNT_HIGH] * protocol.COUNT_WORD + table[:, COUNT_LOW]
+        end = HEADER_WORDS + self.num_features
+        means, variances = table[:, HEADER_WORDS:end], table[:, end:]
         return self.combine(means, variances, counts, eps)
 
     def _gather(
-        self, x: Any, weight: Tensor | None, bias: Tensor | None, problem: tuple[str, str] | None
+        self,
+        x: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        problem: tuple[str, str] | None,
+        settings: protocol.Settings | None,
     ) -> Tensor:
-        """The messages of all ranks, none of which has failed."""
-        failure: Exception | None = None
+        """The messages of all ranks, (ranks, HEADER_WORDS + 2 C), none of which has failed."""
+        error: Exception | None = None
+        words = [FAIL, *[0.0] * (HEADER_WORDS - 1)]
+        local = ops.zeros((2 * self.num_features,), statistics_dtype())
         try:
             raise_problem(problem)
-            todo = _BACKWARD if _differentiates(x, weight, bias) else _NOTHING
-            message = self._message(x, todo)
-        except Exception as error:
-            failure = error
-            message = self._failure()
-        table = self.ranks.all_gather(message)
-        if may_sync_host():
-            self._check_together(table, failure)
-        elif failure:
-            raise failure
+            local = self._local(x)
+            mark = protocol.BACKWARD if _differentiates(x, weight, bias) else protocol.NOTHING
+            count = count_of(x.shape)
+            words = [mark, *divmod(count, protocol.COUNT_WORD), *words[3:]]
+            if settings is not None:
+                words = protocol.header(mark, count, settings, _BACKENDS)
+            if may_sync_host():
+                _pynative_executor.sync()  # MindSpore raises errors of operators later
+        except Exception as caught:
+            error = caught
+            words[MARK] = FAIL
+            local = ops.zeros((2 * self.num_features,), statistics_dtype())
+        header = Tensor(words, statistics_dtype())
+        if self.communicator.size == 1 or not may_sync_host():
+            if error and self.communicator.size == 1:
+                raise error
+            table = self.communicator.all_gather(ops.cat([header, local]))
+            if error:
+                raise error
+            return table
+        room = ops.zeros((2 * max(INLINE_CHANNELS - self.num_features, 0),), statistics_dtype())
+        inline = local[: 2 * INLINE_CHANNELS]
+        table = self.communicator.all_gather(ops.cat([header, inline, room]))
+        _check_together(table, error, self.communicator)
+        table = table[:, : HEADER_WORDS + inline.shape[0]]
+        if self.num_features > INLINE_CHANNELS:
+            rest = self.communicator.all_gather(local[2 * INLINE_CHANNELS :])
+            table = ops.cat([table, rest], 1)
         return table
 
     def _gather_in_graph(self, x: Tensor, problem: tuple[str, str] | None) -> Tensor:
-        """The same, compiled: a wrong input is known to the compiler, a failed peer is not."""
-        message = self._failure() if problem else self._message(x, _BACKWARD)
-        table = self.ranks.all_gather(message)
+        """The same, compiled: the compiler finds a wrong input, but not a peer that failed."""
+        mark, count = (FAIL, 0) if problem else (protocol.BACKWARD, count_of(x.shape))
+        words = [mark, count // protocol.COUNT_WORD, count % protocol.COUNT_WORD]
+        header = Tensor(words + [0] * (HEADER_WORDS - 3), statistics_dtype())
+        local = ops.zeros((2 * self.num_features,), statistics_dtype())
+        if not problem:
+            local = self._local(x)
+        table = self.communicator.all_gather(ops.cat([header, local]))
         if problem or may_sync_host():
-            marks = table[:, -1]
-            if marks.max() == _FAIL:
+            marks = table[:, MARK]
+            if marks.max() == FAIL:
                 # Not by raise_problem: a call, for which the compiler would raise at once.
                 if problem is not None:
                     if problem[0] == "TypeError":
                         raise TypeError(problem[1])
                     raise ValueError(problem[1])
-                rank = self.rank_id_tensor[marks.argmax()]
+                rank = self.rank_ids[marks.argmax()]
                 raise RuntimeError(f"rank {rank} failed: see the error that it raised")
         return table
 
-    def _message(self, x: Tensor, todo: int) -> Tensor:
-        """What this rank tells the others, 2 C + 3 words: mean, var, count, what it will do."""
+    def _local(self, x: Tensor) -> Tensor:
+        """Mean and variance of this rank, (2 C,)."""
         x = ops.stop_gradient(x)
-        count = count_of(x.shape)
-        words = Tensor([count // _COUNT_WORD, count % _COUNT_WORD, todo], statistics_dtype())
-        if count == 0:
-            message = ops.cat([ops.zeros((2 * self.num_features,), statistics_dtype()), words])
-            return ops.depend(message, x)
+        if count_of(x.shape) == 0:
+            return ops.depend(ops.zeros((2 * self.num_features,), statistics_dtype()), x)
         mean, var = self.stats(canonical(x))
-        return ops.cat([mean.astype(statistics_dtype()), var.astype(statistics_dtype()), words])
-
-    def _failure(self) -> Tensor:
-        nothing = ops.zeros((2 * self.num_features + 2,), statistics_dtype())
-        return ops.cat([nothing, Tensor([_FAIL], statistics_dtype())])
-
-    def _check_together(self, table: Tensor, failure: Exception | None) -> None:
-        """Raise on every rank if the ranks' messages show that the step must fail."""
-        marks = table[:, -1].asnumpy().tolist()
-        failed = [place for place, said in enumerate(marks) if said == _FAIL]
-        idle = [self.rank_ids[place] for place, said in enumerate(marks) if said == _NOTHING]
-        if failed:
-            errors = self._exchange_errors(failure)
-            if failure:
-                raise failure
-            raise PeerError(
-                "; ".join(f"rank {self.rank_ids[at]} failed: {errors[at]}" for at in failed)
-            )
-        if idle and len(idle) < len(marks):
-            raise RuntimeError(nothing_to_differentiate(idle))
-
-    def _exchange_errors(self, failure: Exception | None) -> list[str]:
-        """Every rank's error text, by a second all_gather that only failing steps pay."""
-        text = f"{type(failure).__name__}: {failure}" if failure else ""
-        encoded = text.encode()[:_ERROR_BYTES].ljust(_ERROR_BYTES, b"\0")
-        message = Tensor(np.frombuffer(encoded, np.uint8).astype(np.float32)).astype(
-            statistics_dtype()
-        )
-        table = self.ranks.all_gather(message).asnumpy().astype(np.uint8)
-        return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in table]
+        return ops.cat([mean.astype(statistics_dtype()), var.astype(statistics_dtype())])
 
 
-@ms.jit_class
-class StepCells:
-    """The cells of a step, by the statistics that they use.
+def sum_over_ranks(
+    sums: Tensor, error: Exception | None, communicator: Communicator, tag: Tensor
+) -> Tensor:
+    """In PyNative: the sums (M,) of all ranks, none of which has failed.
 
-    This holder is no cell: tools for mixed precision rewrite the child cells of a layer.
+    Args:
+        sums: of this rank.
+        error: what this rank met before.
+        communicator: the ranks.
+        tag: see `Communicator.all_reduce`.
+
+    Raises:
+        PeerError: another rank met any error.
     """
-
-    def __init__(self, num_features: int, group: Group, backend: Backend) -> None:
-        self.group_statistics = BatchStatistics(num_features, group, backend)
-        self.own_statistics = BatchStatistics(num_features, ALONE, backend)
-        self.normalize_by_group = Normalize(backend, group)
-        self.normalize_by_own = Normalize(backend, ALONE)
-        self.normalize_by_running = NormalizeByConstants()
-        self.leading_ones = LeadingOnes()
+    if communicator.size == 1:
+        if error:
+            raise error
+        return sums
+    mark = Tensor([float(error is not None)], sums.dtype)
+    reduced = communicator.all_reduce(ops.cat([sums, mark]), tag)
+    if may_sync_host():
+        if float(reduced[-1:].asnumpy()[0]) > 0:
+            _raise_together(error, communicator)
+    elif error:
+        raise error
+    return reduced[:-1]
 
 
 def problem_of(x: Any, num_features: int, weight: Tensor | None) -> tuple[str, str] | None:
     """Type and text of the error that x deserves, or None if it can be normalized.
 
-    x must be a tensor of shape (N, C, +) with C = num_features, of the dtype of the parameters or
+    x must be a tensor of shape (N, C, +) with C = num_features, of the dtype of the parameters, or
     of float16 or bfloat16 with float32 parameters.
     """
     if not isinstance(x, Tensor):
@@ -195,24 +213,49 @@ def raise_problem(problem: tuple[str, str] | None) -> None:
 def _problem_of_form(
     shape: Any, dtype: Any, num_features: int, weight_dtype: Any
 ) -> tuple[str, str] | None:
-    """What of `problem_of` is known when a graph is compiled."""
+    """The part of `problem_of` that is known when a graph is compiled."""
     try:
         check_shape(shape, num_features)
-    except ValueError as error:
-        return "ValueError", str(error)
-    if dtype not in FLOATING:
-        names = ", ".join(str(known) for known in FLOATING)
-        return "TypeError", f"input must have one of the dtypes {names}, got {dtype}"
-    half = dtype in (ms.float16, ms.bfloat16)
-    if weight_dtype not in (None, dtype) and not (half and weight_dtype == ms.float32):
-        return "TypeError", (
-            f"input must have the dtype of the parameters, {weight_dtype} (Float16 and BFloat16 "
-            f"also go with Float32), got {dtype}"
+        check_input_dtype(
+            dtype_name(dtype), None if weight_dtype is None else dtype_name(weight_dtype)
         )
+    except (TypeError, ValueError) as error:
+        return type(error).__name__, str(error)
     return None
+
+
+def dtype_name(dtype: Any) -> str:
+    """float32 for mindspore.float32."""
+    return str(dtype).lower()
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
     """Whether this rank's backward will reach the layer."""
     wanted = any(t is not None and t._requires_grad for t in tensors)
     return wanted and _pynative_executor.requires_grad()
+
+
+def _check_together(table: Tensor, error: Exception | None, communicator: Communicator) -> None:
+    """Raise on every rank if the headers of all ranks show that the step must fail."""
+    headers = table[:, :HEADER_WORDS].asnumpy().tolist()
+    found = protocol.verdict([row[MARK] for row in headers], communicator.ranks)
+    if found.failed:
+        _raise_together(error, communicator)
+    if differs := protocol.disagreement(headers, communicator.ranks, _BACKENDS):
+        raise ValueError(differs)
+    if found.idle:
+        raise RuntimeError(protocol.nothing_to_differentiate(found.idle))
+
+
+def _raise_together(error: Exception | None, communicator: Communicator) -> NoReturn:
+    """Raise this rank's error, or one that names the ranks that failed.
+
+    A second all_gather, which only failing steps pay, sends the text of every rank's error.
+    """
+    encoded = np.frombuffer(protocol.encode_error(error), np.uint8).astype(np.float32)
+    table = communicator.all_gather(Tensor(encoded).astype(statistics_dtype()))
+    texts = [protocol.decode_error(row.tobytes()) for row in table.asnumpy().astype(np.uint8)]
+    failed = [place for place, text in enumerate(texts) if text]
+    raise error or protocol.peer_error(
+        [communicator.ranks[place] for place in failed], [texts[place] for place in failed]
+    )

@@ -28,11 +28,12 @@ from syncbn import reference
 from syncbn.conformance import targets
 from syncbn.conformance.case import Case
 from syncbn.conformance.case import Step as CaseStep
-from syncbn.conformance.data import grad_output, shard
+from syncbn.conformance.data import grad_output, initial_state, shard
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 from syncbn.mindspore import SyncBatchNorm, backends, create_group, groups, settings
 from syncbn.mindspore import layer as layer_module
+from syncbn.mindspore import step as step_module
 from syncbn.mindspore.backends import aclnn, composed
 from syncbn.reference import bounds, formulas
 from tests.syncbn.mindspore_layers import (
@@ -661,8 +662,8 @@ class TestWrongInput:
             ((3,), ms.float32, ValueError, r"input must have at least 2 dimensions.* got 1 in"),
             ((5, 4), ms.float32, ValueError, r"num_features=3 channels.* got 4 in shape \(5, 4\)"),
             ((5, 0), ms.float32, ValueError, r"at least 1 channel, got 0 in shape \(5, 0\)"),
-            ((5, 3), ms.int32, TypeError, "one of the dtypes .* got Int32"),
-            ((5, 3), ms.float64, TypeError, "parameters, Float32 .*got Float64"),
+            ((5, 3), ms.int32, TypeError, "one of the dtypes .* got int32"),
+            ((5, 3), ms.float64, TypeError, "parameters, float32 .*got float64"),
         ],
         ids=["1-D", "4 channels", "no channel", "int32", "float64"],
     )
@@ -710,6 +711,56 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="more than 1 value per channel when training"):
             forward(layer, ops.ones((1, 3)), mode)
         assert_untouched(layer, before)
+
+
+class TestFailingTogether:
+    @pytest.mark.parametrize("operation", ["stats", "reduce_grad"])
+    def test_out_of_memory_on_one_rank(self, operation: str) -> None:
+        target = targets.parse("mindspore:tests/syncbn/mindspore_layers.py:OutOfMemory")
+        steps = (CaseStep(((5, 3), (4, 3)), "train"),)
+        layer = {"num_features": 3, "operation": operation}
+        case = Case("ERR-9", "memory", 2, layer, steps, ("y", "grad_input"), state="initial")
+        with RankPool(target, 2) as pool:
+            outcome = pool.run(case)
+        errors = []
+        for answer in outcome.answers:
+            assert answer is not None
+            errors.append(answer.content["steps"][0]["error"])
+        assert errors[0]["types"][0] == "PeerError"
+        assert "rank 1 failed: MemoryError: no memory for 4 bytes" in errors[0]["message"]
+        assert errors[1]["types"][0] == "MemoryError"
+
+    def test_a_wide_layer_that_differs(self) -> None:
+        """Its statistics do not go into the first message, whose length all ranks share."""
+        wide = step_module.INLINE_CHANNELS + 3
+        target = targets.parse("syncbn.mindspore")
+        shapes = ((5, wide), (4, wide))
+        case = Case(
+            "ERR-9", "wide", 2, {"num_features": wide}, (CaseStep(shapes, "train"),), ("y",)
+        )
+        narrow = (CaseStep(((5, wide), (4, 3)), "train"),)
+        differs = Case(
+            "ERR-9",
+            "differs",
+            2,
+            {"num_features": wide},
+            narrow,
+            ("y",),
+            layers=((1, {"num_features": 3}),),
+        )
+        with RankPool(target, 2) as pool:
+            agreeing, differing = pool.run(case), pool.run(differs)
+        xs = [shard(case, 0, rank) for rank in range(2)]
+        state = initial_state(case)
+        weight, bias = state["weight"], state["bias"]
+        expected = reference.SyncBatchNorm(wide, weight=weight, bias=bias).forward(xs)
+        for rank, (good, bad) in enumerate(zip(agreeing.answers, differing.answers, strict=True)):
+            assert good is not None
+            assert bad is not None
+            got = good.arrays["0/y"]
+            np.testing.assert_allclose(got, expected[rank].value, rtol=1e-4, atol=1e-5)
+            message = bad.content["steps"][0]["error"]["message"]
+            assert f"same num_features on all ranks, got {wide} on rank 0; 3 on rank 1" in message
 
 
 class TestWithMindSpore:

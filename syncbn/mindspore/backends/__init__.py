@@ -1,4 +1,4 @@
-"""The backends of the layer: the five operations each, and nothing else."""
+"""The backends of the layer: five operations each, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from syncbn.backends import MINDSPORE, choose
+from syncbn.backends import MINDSPORE, BackendInfo, choose
 
 _DEVICES = {"CPU": "cpu", "Ascend": "npu"}  # by device_target
 
@@ -75,8 +75,8 @@ def inverse_std(var: Tensor, eps: Tensor) -> Tensor:
     return 1 / ops.sqrt(var + eps)
 
 
-def load(name: str) -> Backend:
-    """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else the device's default.
+def info(name: str) -> BackendInfo:
+    """The backend that a layer uses on this device; see `syncbn.backends.choose`.
 
     Raises:
         ValueError: there is no backend of that name, or none for this device.
@@ -85,4 +85,13 @@ def load(name: str) -> Backend:
     if target not in _DEVICES:
         known = ", ".join(_DEVICES)
         raise ValueError(f"device_target must be one of {known}, got {target!r}")
-    return cast(Backend, importlib.import_module(choose(MINDSPORE, name, _DEVICES[target]).module))
+    return choose(MINDSPORE, name, _DEVICES[target])
+
+
+def load(name: str) -> Backend:
+    """The five operations of that backend.
+
+    Raises:
+        ValueError: see `info`.
+    """
+    return cast(Backend, importlib.import_module(info(name).module))
