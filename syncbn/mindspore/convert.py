@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any, NamedTuple, TypeVar
 
 import mindspore as ms
@@ -211,7 +212,15 @@ def _read(layer: Any) -> _Norm:
     prefix = next((p.name.rpartition(".")[0] for p in parameters.values()), "")
     if core is not layer:
         prefix = prefix.removesuffix("bn2d").removesuffix(".")
-    return _Norm(core.num_features, core.eps, core.momentum, parameters, prefix)
+    momentum = core.momentum
+    if isinstance(core, _NN_BASE):  # it stores 1 - momentum, which rounds 1 - 0.9
+        momentum = _complement(1 - momentum)
+    return _Norm(core.num_features, core.eps, momentum, parameters, prefix)
+
+
+def _complement(number: float) -> float:
+    """1 - number in decimal arithmetic, which has 1 - 0.9 = 0.1."""
+    return float(1 - Decimal(repr(float(number))))
 
 
 def _group_of(layer: Any) -> Any:
@@ -254,7 +263,7 @@ def _plain(layer: Any, target: Any) -> _Change:
     arguments = {"affine": "weight" in norm.parameters, "dtype": _dtype(norm)}
     if target in _NN_PLAIN:
         assert norm.momentum is not None
-        fresh = target(norm.num_features, norm.eps, 1 - norm.momentum, **arguments)
+        fresh = target(norm.num_features, norm.eps, _complement(norm.momentum), **arguments)
     else:
         arguments["track_running_stats"] = "running_mean" in norm.parameters
         fresh = target(norm.num_features, norm.eps, norm.momentum, **arguments)

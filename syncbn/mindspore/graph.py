@@ -1,4 +1,4 @@
-"""What compiled code needs that eager code does not: to know it, and to order its collectives."""
+"""What only compiled code needs: to find out that it is compiled, and to order its collectives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from mindspore import Parameter, Tensor, nn, ops
 
 _order = Parameter(Tensor(np.zeros(1, np.float32)), name="syncbn.order", requires_grad=False)
 
-_compiled_layers: set[int] = set()  # the numbers of all layers that a graph holds
+_compiled_layers: set[int] = set()  # the numbers of all layers that are a part of a graph
 
 
 def compiling() -> bool:
-    """Whether this code is being compiled into a graph, where a function is not a constant."""
+    """True while MindSpore compiles this code into a graph.
+
+    The compiler does not take a function for a constant, and shows None in the place of one.
+    """
     return _is_none_to_the_compiler(_some_function)
 
 
@@ -33,10 +36,11 @@ def was_compiled(layer: int) -> bool:
 
 
 def may_sync_host() -> bool:
-    """Whether a training step may read a value of the device and raise for what it finds.
+    """Whether a training step may read a value of the device, to raise an error.
 
-    That makes the host wait for an accelerator in every step and cuts a graph in pieces that lose
-    the order of collectives in parallel branches, so there only SYNCBN_DEBUG=1 does.
+    Reading makes the host wait for an accelerator in every step. It cuts a graph in pieces, which
+    lose the order of collectives in parallel branches. So on an accelerator and in a graph only
+    SYNCBN_DEBUG=1 allows it.
     """
     return _debugging() or (_on_cpu() and not compiling())
 
@@ -44,13 +48,13 @@ def may_sync_host() -> bool:
 class InOrder(nn.Cell):
     """A collective that a graph does not reorder among those of other layers.
 
-    To the compiler a collective has no effect, so that it is free in the order of two that do not
-    depend on each other, on each rank by itself: ranks with different graphs (one has no data)
-    would meet in different collectives. So all layers read and write one parameter around them,
-    which keeps the order of the program. It belongs to no cell and is in no checkpoint.
+    To the compiler a collective has no effect. So on each rank it chooses the order of two that do
+    not depend on each other, and ranks with different graphs (one has no data) would meet in
+    different collectives. Therefore all layers read and write one parameter around them, which
+    keeps the order of the program. It belongs to no cell and is in no checkpoint.
 
-    That works for the forward. In a backward the compiler does not order what is read and written;
-    see `Communicator.all_reduce`.
+    This works in the forward. In a backward the compiler does not order reads and writes; see
+    `Communicator.all_reduce`.
     """
 
     def __init__(self, collective: Callable[[Tensor], Tensor]) -> None:
@@ -60,7 +64,7 @@ class InOrder(nn.Cell):
     def construct(self, values: Tensor) -> Tensor:
         if not compiling():
             return self.collective(values)
-        # A zero of which the compiler does not know that it is one: it sees through ops.depend.
+        # A zero that the compiler cannot fold into a constant. It sees through ops.depend.
         result = self.collective(values + _order.value().astype(values.dtype))
         known = ops.isfinite(result.reshape(-1)[:1]).astype(ms.float32)
         ops.assign(_order, ops.minimum(known, 0.0))

@@ -46,8 +46,9 @@ _name_of_ranks: dict[tuple[int, ...], str] = {}
 def create_group(name: str | None, rank_ids: list[int] | tuple[int, ...]) -> str:
     """Create the process group of these ranks, or find the one that already exists.
 
-    Only the members have to call this, and if they create several groups, in one order. A rank
-    outside may call it too: with the name a layer can be built and evaluated, but not trained.
+    Only the members have to call this. If they create several groups, they do so in one order. A
+    rank outside may call it as well: with the name, a layer can be built and evaluated, but not
+    trained.
 
     Args:
         name: a name by which `SyncBatchNorm(process_group=name)` finds the group; None for one
@@ -152,9 +153,10 @@ class Communicator(nn.Cell):
     def all_reduce(self, values: Tensor, tag: Tensor) -> Tensor:
         """The sum of the ranks' values (M,).
 
-        tag is a number that all ranks have in common, but hardly with another call. On CPU, ranks
-        that meet here with different ones get NaN instead of a sum of different things: graphs
-        that differ between ranks may reorder the backward of parallel branches.
+        `tag` is a number that identifies the call: equal on all ranks, and different for other
+        calls. On CPU, ranks that meet here with different tags get NaN and not a sum of different
+        things. That happens because graphs that differ between ranks may reorder the backward of
+        parallel branches.
         """
         if self.size == 1:
             return values
@@ -170,10 +172,10 @@ class Communicator(nn.Cell):
 
 
 def _split(values: Tensor) -> Tensor:
-    """float64 (M,) as float32 (3 M,): a word, and in two more what it leaves, relative to it."""
+    """float64 (M,) as float32 (3 M,): the value, then the remainder relative to it in two words."""
     word = values.astype(ms.float32)
     whole = word.astype(statistics_dtype())
-    # Nothing is left of an infinity, or it would become NaN.
+    # An infinity has no remainder: infinity - infinity would be NaN.
     rest = ops.where(ops.isfinite(word), values - whole, 0.0)
     rest = rest / ops.where(ops.equal(whole, 0.0), 1.0, whole)
     second = rest.astype(ms.float32)

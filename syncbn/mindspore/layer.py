@@ -48,7 +48,8 @@ class SyncBatchNorm(nn.Cell):
     var are taken over the inputs of the whole group, which may differ in N and in spatial size
     and may be empty, and the gradients are those of this group-wide formula. Running statistics
     take the unbiased variance and are bitwise equal on all ranks. A step costs one all_gather and
-    one all_reduce; eval does not communicate. An error that one rank meets is raised on all.
+    one all_reduce. Eval does not communicate. All ranks raise an error that one rank meets, and an
+    error if their layers differ.
 
     The arguments and their defaults are those of mindspore.mint.nn.SyncBatchNorm, and so are the
     names of the parameters. As every nn.Cell, a new one is in eval mode: call `set_train()`.
@@ -69,24 +70,25 @@ class SyncBatchNorm(nn.Cell):
     recomputes single operations.
 
     It runs in PyNative mode, and under ms.jit or in graph mode for shapes that the compiler knows.
-    In a graph, as on Ascend, an error is raised on all ranks only with SYNCBN_DEBUG=1; the rank at
-    fault raises always. In the backward of parallel branches a graph keeps the collectives of all
-    ranks in step only if all have the same graph (they do not if one of them has no data, or
-    freezes its input, or with SYNCBN_DEBUG=1): on CPU the gradients are then NaN, not wrong.
-    With SYNCBN_DEBUG=1, give a graph contiguous inputs: MindSpore 2.10.0 ignores the strides of one
-    that no operation has used before the point where the graph may raise.
-    On CPU, a graph that runs one float64 layer twice, also updates its parameters, or may raise,
-    may round to float32: MindSpore copies by an operator without float64 there (TensorMove).
+    In a graph, and on Ascend, all ranks raise an error only with SYNCBN_DEBUG=1. The rank at fault
+    always raises. A graph does not compare the layers of the ranks.
+    In the backward of parallel branches a graph keeps the collectives of all ranks in step only if
+    all ranks have the same graph. They do not if one of them has no data, or freezes its input, or
+    with SYNCBN_DEBUG=1. On CPU the gradients are then NaN, and never another number.
+    With SYNCBN_DEBUG=1, give a graph contiguous inputs. MindSpore 2.10.0 ignores the strides of an
+    input that no operation has used before the point where the graph may raise.
+    On CPU, a graph may round float64 to float32 if it runs one layer twice, also updates its
+    parameters, or may raise: MindSpore copies by an operator without float64 (TensorMove).
 
     Args:
         num_features: C of the input (N, C, +).
         eps: added to the variance, a float.
         momentum: weight of the newest batch in the running statistics, in [0, 1]; None for their
             cumulative average.
-        affine: whether weight (ones) and bias (zeros), of shape (C,), are learned.
+        affine: whether there are a learned weight (ones) and bias (zeros) of shape (C,).
         track_running_stats: whether to keep running_mean (zeros), running_var (ones) and
-            num_batches_tracked (0) for eval. Without them, eval normalizes each rank's input with
-            its own statistics.
+            num_batches_tracked (0) for eval. Without them, eval normalizes the input of each rank
+            with its own statistics.
         process_group: the ranks to synchronize with: None for all, the name of a group made by
             `create_group` or by MindSpore, or a list of rank ids (every member builds the layer).
         dtype: of parameters and running statistics; None is mindspore.float32.
@@ -105,6 +107,16 @@ class SyncBatchNorm(nn.Cell):
             [0, world size), no such group, an unknown backend; when called, an input of the wrong
             shape, a group that trains on one value per channel or does not contain this rank.
         RuntimeError, PeerError: when called, see `syncbn.mindspore.step.BatchStatistics`.
+
+    Example:
+        >>> import mindspore
+        >>> from syncbn.mindspore import SyncBatchNorm
+        >>> layer = SyncBatchNorm(2).set_train()
+        >>> layer(mindspore.Tensor([[1.0, 4.0], [3.0, 8.0]])).asnumpy().round(3)
+        array([[-1., -1.],
+               [ 1.,  1.]], dtype=float32)
+        >>> layer.running_mean.asnumpy()
+        array([0.2, 0.6], dtype=float32)
     """
 
     def __init__(
@@ -121,11 +133,10 @@ class SyncBatchNorm(nn.Cell):
     ) -> None:
         check_arguments(num_features, eps, momentum, affine, track_running_stats)
         check_dtype(dtype, DTYPES)
-        backends.load(backend)  # before anything is built: it may be refused
         super().__init__()
         # Set explicitly: otherwise PyNative inherits the enclosing cell's value.
         self.mixed_precision_type = MixedPrecisionType.NOTSET
-        self.num_features = int(num_features)
+        self._num_features = int(num_features)
         self.affine = affine
         momentum = None if momentum is None else float(momentum)
         self._settings = Settings(Values(float(eps), momentum, track_running_stats))
@@ -145,6 +156,23 @@ class SyncBatchNorm(nn.Cell):
             x, self.weight, self.bias, self._settings.eps, problem, None
         )
         return self._step.normalize_by_own(x, self.weight, self.bias, mean, invstd, n)
+
+    @property
+    def num_features(self) -> int:
+        """C. Set it after the parameters have been replaced by shorter or longer ones.
+
+        Raises:
+            RuntimeError: a graph has been compiled with this layer. It keeps its channels.
+        """
+        return self._num_features
+
+    @num_features.setter
+    def num_features(self, num_features: int) -> None:
+        self._refuse_if_compiled("num_features")
+        values = self._settings.values
+        check_arguments(num_features, *values[:2], self.affine, values.track_running_stats)
+        self._num_features = int(num_features)
+        self._build_cells(self._process_group, self._backend)
 
     @property
     def eps(self) -> float:
@@ -219,29 +247,23 @@ class SyncBatchNorm(nn.Cell):
 
     def _set(self, **changed: Any) -> None:
         values = self._settings.values._replace(**changed)
-        check_arguments(
-            self.num_features,
-            values.eps,
-            values.momentum,
-            self.affine,
-            values.track_running_stats,
-        )
+        check_arguments(self.num_features, *values[:2], self.affine, values.track_running_stats)
         momentum = None if values.momentum is None else float(values.momentum)
         self._settings.set(values._replace(eps=float(values.eps), momentum=momentum))
 
     def _build_cells(self, process_group: Any, backend: str) -> None:
-        operations = backends.load(backend)
-        group = resolve(process_group)
+        operations, group = backends.load(backend), resolve(process_group)
         self._process_group, self._backend = process_group, backend
+        self._backend_name = backends.info(backend).name
         self._found_communication = bool(GlobalComm.INITED)
         self._is_member = group.place is not None
         trains_with = group if self._is_member else ALONE
         self._step = _StepCells(self.num_features, trains_with, operations)
 
     def add_flags_recursive(self, **flags: Any) -> Any:
-        """Take a flag of nn.Cell, but none of mixed precision (`to_float`, amp).
+        """Take a flag of nn.Cell, except those of mixed precision (`to_float`, amp).
 
-        The input may be float16; statistics and parameters keep the precision that they have.
+        The input may be float16. Statistics and parameters keep their precision.
         """
         kept = {name: flag for name, flag in flags.items() if name not in ("fp16", "fp32", "bf16")}
         super().add_flags_recursive(**kept)
@@ -262,8 +284,8 @@ class SyncBatchNorm(nn.Cell):
         if compiling():
             note_compiled(self._settings.layer)
         problem = problem_of(x, self.num_features, self.weight)
-        # Read once, before a parameter is written: a graph would read again for the backward, and
-        # copy what it reads around the write; on CPU a copy of float64 is rounded to float32.
+        # Read once, before a parameter is written. Otherwise a graph reads again for the backward
+        # and copies what it reads around the write. On CPU that copy rounds float64 to float32.
         weight = None if self.weight is None else self.weight.value()
         bias = None if self.bias is None else self.bias.value()
         agreed = None
@@ -273,8 +295,8 @@ class SyncBatchNorm(nn.Cell):
             x, weight, bias, self._settings.eps, problem, agreed
         )
         if problem is not None:
-            return ops.depend(x, mean)  # never: it was raised. But a graph is compiled to its end.
-        if may_sync_host():  # noqa: SIM102  # one of them is for the compiler
+            return ops.depend(x, mean)  # unreachable; the graph compiler needs a return value
+        if may_sync_host():  # noqa: SIM102  # the compiler evaluates the outer condition only
             if n == 1:
                 raise ValueError(SINGLE_VALUE)
         if self.running_mean is not None:
@@ -293,7 +315,7 @@ class SyncBatchNorm(nn.Cell):
             None if first is None else dtype_name(first.dtype),
             self.weight is not None,
             tracks,
-            backends.info(self._backend).name,
+            self._backend_name,
         )
 
     def _evaluate(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def count_of(shape: tuple[int, ...]) -> int:
 
 @ops.constexpr
 def axes_of_sums(dimensions: int) -> tuple[int, ...]:
-    """All axes but that of the channels."""
+    """All axes except that of the channels."""
     return (0, *range(2, dimensions))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,6 +137,15 @@ def test_bfloat16_travels_as_float32() -> None:
     assert found["weight"].dtype == np.float32
     syncbn.torch.load_arrays(copy, found)
     assert torch.equal(copy.weight, layer.weight)
+
+
+def test_examples_in_docstrings() -> None:
+    import syncbn.torch.checkpoints
+
+    for module in (syncbn.checkpoints, syncbn.torch.checkpoints):
+        found = doctest.testmod(module)
+        assert found.attempted
+        assert not found.failed
 
 
 def test_only_batch_normalization_is_renamed() -> None:

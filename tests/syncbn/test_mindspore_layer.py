@@ -6,6 +6,7 @@ Nothing here makes MindSpore wait for each operation, as the conformance suite d
 from __future__ import annotations
 
 import copy
+import doctest
 import inspect
 import itertools
 import multiprocessing
@@ -31,7 +32,15 @@ from syncbn.conformance.case import Step as CaseStep
 from syncbn.conformance.data import grad_output, initial_state, shard
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
-from syncbn.mindspore import SyncBatchNorm, backends, create_group, groups, settings
+from syncbn.mindspore import (
+    SyncBatchNorm,
+    backends,
+    checkpoints,
+    convert,
+    create_group,
+    groups,
+    settings,
+)
 from syncbn.mindspore import layer as layer_module
 from syncbn.mindspore import step as step_module
 from syncbn.mindspore.backends import aclnn, composed
@@ -142,6 +151,14 @@ class TestConstruction:
         before = state_of(layer)
         assert_step(layer, randn(5, 3), randn(5, 3, seed=1))
         assert_untouched(layer, before)
+
+    @pytest.mark.parametrize(
+        "module", [layer_module, convert, checkpoints], ids=lambda m: m.__name__
+    )
+    def test_examples_in_docstrings(self, module: Any) -> None:
+        found = doctest.testmod(module)
+        assert found.attempted
+        assert not found.failed
 
     def test_repr(self) -> None:
         shown = SyncBatchNorm(3, affine=False).extend_repr()
@@ -598,6 +615,20 @@ class TestLiveAttributes:
             layer.track_running_stats = True
         assert not layer.track_running_stats
 
+    def test_a_pruned_layer(self) -> None:
+        layer = make_layer()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            parameter = getattr(layer, name)
+            kept = Tensor(parameter.asnumpy()[1:])
+            learns = parameter.requires_grad
+            setattr(layer, name, ms.Parameter(kept, name=name, requires_grad=learns))
+        with pytest.raises(TypeError, match="num_features must be an int, got '2'"):
+            layer.num_features = "2"  # type: ignore[assignment]
+        layer.num_features = 2
+        assert_step(layer, randn(5, 2), randn(5, 2, seed=1))
+        with pytest.raises(ValueError, match="num_features=2 channels"):
+            layer(randn(5, 3))
+
     def test_a_group_may_come_late(self) -> None:
         target = targets.parse("mindspore:tests/syncbn/mindspore_layers.py:LateGroups")
         shapes = ((5, 3, 2), (2, 3, 2))
@@ -638,7 +669,7 @@ class TestLiveAttributes:
         assert layer.backend == "composed"
         assert_step(layer, x, randn(5, 3, seed=1))
         forward(layer, x, "graph")
-        for name, value in (("process_group", None), ("backend", "auto")):
+        for name, value in (("process_group", None), ("backend", "auto"), ("num_features", 2)):
             with pytest.raises(RuntimeError, match=f"{name} cannot be set: .* compiled .* new"):
                 setattr(layer, name, value)
 

@@ -29,7 +29,7 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Merge the statistics of P parts into mean, var, invstd (C,) and n, a scalar.
 
-        means and variances are (P, C), counts (P,), eps a scalar; a count of 0 is ignored. Chan,
+        means and variances are (P, C), counts (P,), eps a scalar. A count of 0 is ignored. Chan,
         Golub and LeVeque, The American Statistician 37 (1983), for P parts: mean = sum w m and
         var = sum w (v + (m - mean)^2), with w = count / n; invstd = 1 / sqrt(var + eps).
         """
@@ -61,7 +61,7 @@ class Backend(Protocol):
 
 @ops.constexpr
 def statistics_dtype() -> Any:
-    """The dtype of statistics and sums: float64 on CPU, float32 on Ascend, which has no other."""
+    """The dtype of statistics and sums: float64 on CPU, and float32 on Ascend without float64."""
     return ms.float64 if ms.get_context("device_target") == "CPU" else ms.float32
 
 

@@ -1,12 +1,12 @@
 """The five operations by the kernels that MindSpore's own SyncBatchNorm uses on Ascend.
 
-Four of their habits would cost digits or raise, and are kept from the user:
-- they give a variance as 1 / sqrt(var + eps) and take it back as 1 / invstd^2 - eps, where a
-  variance far below eps drowns; here their eps is always 0;
-- their sums are sum(dy x) - mean sum(dy), where a large mean drowns the result; here they get
-  x - mean, and a mean of 0;
-- in float16 those sums are float16, which overflows at 65504; here they get float32;
-- the statistics refuse bfloat16; here they get float32.
+Four of their properties would cost digits or raise, so they are called differently:
+- They return a variance as 1 / sqrt(var + eps) and take it back as 1 / invstd^2 - eps, which loses
+  a variance far below eps. Here their eps is always 0.
+- Their sums are sum(dy x) - mean sum(dy), which loses the result if the mean is large. Here they
+  get x - mean, and a mean of 0.
+- With float16 those sums are float16, which overflows at 65504. Here they get float32.
+- The statistics refuse bfloat16. Here they get float32.
 
 Sources: the documentation of aclnnBatchNormStats, aclnnBatchNormElemt,
 aclnnBatchNormReduceBackward and aclnnBatchNormElemtBackward of CANN's ops-nn, and MindSpore's
