@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from syncbn.conformance.case import SECOND, Case, Data, ExpectedError, Groups, Step
+from syncbn.conformance.case import RECORDING, SECOND, Case, Data, ExpectedError, Groups, Step
 from syncbn.conformance.checks import CHECKS, SECOND_GRADIENTS
 
 T = TypeVar("T")
@@ -207,7 +207,9 @@ def _of_step(ranks: int) -> st.SearchStrategy[Choices]:
             "extras": _extras(
                 *("constant", "flat", "shared", "poison", "dy_zero_sum", "paired"),
                 *("frozen", "present", "repeat", "recompute", "beside", "second"),
+                *("attributes", "recording", "autocast"),
             ),
+            "context": _ANY,
             "poison": st.tuples(_ANY, st.sampled_from(("nan", "inf"))),
             "frozen_input": _some(ranks),
             "frozen_parameters": _some(ranks),
@@ -295,9 +297,15 @@ def _accepted(case: Case, step: Step, drawn: Choices) -> Step:
         step = replace(step, present=tuple(sorted(present)))
     if step.backward and "frozen" in extras:
         step = _frozen(case, step, drawn)
+    if "attributes" in extras:
+        step = replace(step, attributes=_attributes(drawn["context"]))
     step = _expecting(case, step)
     if step.error:
         return step
+    if "autocast" in extras:
+        step = replace(step, autocast=_pick(_HALVES, drawn["context"]))
+    if "recording" in extras and not step.backward:
+        step = replace(step, recording=_pick(RECORDING[1:], drawn["context"]))
     if "second" in extras and _can_be_differentiated_again(case, step):
         return replace(step, second=SECOND)
     return replace(
@@ -306,6 +314,17 @@ def _accepted(case: Case, step: Step, drawn: Choices) -> Step:
         recompute="recompute" in extras and step.backward and not case.ddp,
         beside="beside" in extras and step.mode == "train",
     )
+
+
+def _attributes(drawn: int) -> dict[str, Any]:
+    """One or more attributes to set on the layer."""
+    values = {
+        "eps": _pick((0.1, 1e-3), drawn),
+        "momentum": _pick((0.5, None, 0.0, 1.0), drawn),
+        "track_running_stats": _pick((False, True), drawn),
+    }
+    chosen = 1 + drawn // 4 % 7  # every subset but the empty one
+    return {name: value for i, (name, value) in enumerate(values.items()) if chosen >> i & 1}
 
 
 def _can_be_differentiated_again(case: Case, step: Step) -> bool:

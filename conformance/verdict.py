@@ -107,10 +107,13 @@ def judgeable(case: Case, expected: Expectations) -> bool:
 
     A variance of 0 together with eps = 0, for example, is outside the contract. If data are
     poisoned or a running variance is negative, the case is about numbers that are not finite.
+    Without data, a negative variance is outside: the sum of no values times NaN is 0 or NaN.
     """
     poisoned = case.state == "negative" or any(step.x.poison for step in case.steps)
     for rank, steps in enumerate(expected):
         for step, at in zip(case.steps, steps, strict=True):
+            if case.state == "negative" and at and not step.shapes[rank][0]:
+                return False
             for name, bounded in (at.values if at else {}).items():
                 if bounded is None:
                     continue

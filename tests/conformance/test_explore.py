@@ -64,7 +64,17 @@ def test_what_is_drawn_has_a_reference(ranks: int) -> None:
 def test_what_is_drawn_has_a_bit_of_everything() -> None:
     content = Counter(pair for case in drawn(4, 20) for pair in explore._content(case))
     steps = {"backward", "frozen_input", "frozen_parameters", "present", "recompute", "repeat"}
-    steps |= {"reload", "groups", "beside", "dy_zero_sum", "paired", "error"}
+    steps |= {
+        "attributes",
+        "recording",
+        "autocast",
+        "reload",
+        "groups",
+        "beside",
+        "dy_zero_sum",
+        "paired",
+        "error",
+    }
     data = {"ratio", "scale", "constant", "flat", "shared", "poison"}
     errors = {"ValueError in train", "ValueError in eval", "Exception in train"}
     wanted = {("step", name) for name in steps} | {("data", name) for name in data}

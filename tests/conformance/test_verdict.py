@@ -327,3 +327,10 @@ def test_every_case_can_be_judged(ranks: int) -> None:
     """No result of a right layer overflows, but where that is the question."""
     numeric = (case for case in catalogue(ranks) if not case.error and "defined" not in case.checks)
     assert [case.title for case in numeric if not verdict.judgeable(case, expect(case))] == []
+
+
+@pytest.mark.parametrize(("state", "judgeable"), [("random", True), ("negative", False)])
+def test_a_negative_variance_of_no_data_cannot_be_judged(state: str, judgeable: bool) -> None:
+    step = Step(((0, 3), (2, 3)), mode="eval")
+    case = Case("EVAL-3", "no data", 2, {"num_features": 3}, (step,), ("grad_weight",), state=state)
+    assert verdict.judgeable(case, expect(case)) == judgeable

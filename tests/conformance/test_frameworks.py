@@ -1,0 +1,64 @@
+"""The table of the frameworks is complete, and the names of targets follow from it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from syncbn.conformance import targets
+from syncbn.conformance.frameworks import FRAMEWORKS, Framework
+from syncbn.conformance.targets import TargetError
+
+each_framework = pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=FRAMEWORKS)
+
+
+@each_framework
+def test_what_a_record_names_exists(framework: Framework) -> None:
+    module, _, name = framework.rank.partition(":")
+    assert importlib.util.find_spec(module) is not None
+    assert importlib.util.find_spec(f"syncbn.{framework.name}") is not None
+    if not framework.installed:
+        pytest.skip(f"{framework.title} is not installed")
+    assert framework.rank_class().__name__ == name
+
+
+@each_framework
+def test_targets_of_a_framework(framework: Framework) -> None:
+    ours, own = targets.parse(f"syncbn.{framework.name}"), targets.parse(framework.own.name)
+    assert (ours.framework, ours.backend, ours.rank_ids) == (framework.name, "auto", True)
+    assert (own.module, own.backend, own.rank_ids) == (framework.own.module, None, False)
+    assert own.rung == framework.own.on_cpu
+    for target in (ours, own):
+        assert target.mode == (framework.modes[0] if framework.modes else None)
+        assert target.name in targets.descriptions()
+    assert f"{framework.name}:MODULE:CLASS" in targets.descriptions()
+
+
+@each_framework
+@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
+def test_every_backend_is_a_target(framework: Framework, device: str) -> None:
+    for name, backend in framework.backends.items():
+        target = targets.parse(f"syncbn.{framework.name}", device, name)
+        assert target.rung == (backend.on_cpu if device == "cpu" else "device")
+        assert target.float64 == (device in backend.float64_on)
+
+
+@each_framework
+def test_auto_is_the_default_of_the_device(
+    framework: Framework, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever SYNCBN_BACKEND is in the controller, because the ranks set it themselves."""
+    monkeypatch.setenv("SYNCBN_BACKEND", "no such backend")
+    for name, backend in framework.backends.items():
+        for device in backend.default_on:
+            chosen = targets.parse(f"syncbn.{framework.name}", device, name)
+            default = targets.parse(f"syncbn.{framework.name}", device)
+            assert (default.rung, default.float64) == (chosen.rung, chosen.float64)
+
+
+def test_no_name_is_that_of_two_targets() -> None:
+    names = [*targets.descriptions()]
+    assert len(names) == 3 * len(FRAMEWORKS)
+    with pytest.raises(TargetError, match=r"target must be one of syncbn\.torch, "):
+        targets.parse("syncbn.jax")
