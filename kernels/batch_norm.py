@@ -1,8 +1,8 @@
 """The five operations in Triton: stats, combine, normalize, reduce_grad, input_grad.
 
 One source for Ascend (triton-ascend), CUDA (triton) and Triton's interpreter. The function of the
-same name in `syncbn.reference.formulas` is the plain version of each kernel, and `syncbn.reference.
-bounds` says how far a kernel may be from it.
+same name in `syncbn.reference.formulas` is the plain version of each kernel, and
+`syncbn.reference.bounds` derives how far a kernel may be from it.
 
 Every kernel except `combine` reads x as a contiguous (R, C, S) tensor, in tiles of BLOCK_R rows by
 BLOCK values. There are two layouts of a tile:

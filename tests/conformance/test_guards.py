@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 
+from syncbn.conformance import verdict
 from syncbn.conformance.case import Case
 from syncbn.conformance.verdict import VERDICTS
 from syncbn.reference import Bounded, second
@@ -32,11 +33,11 @@ _TESTS = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Sabotage:
-    """`place` is MODULE:NAME or MODULE:CLASS.NAME, `noticed_by` are tests as FILE::TEST."""
+    """A change of one attribute."""
 
-    place: str
+    place: str  # MODULE:NAME or MODULE:CLASS.NAME
     change: Change
-    noticed_by: tuple[str, ...]
+    noticed_by: tuple[str, ...]  # tests as FILE::TEST
 
     def commit(self) -> None:
         module, _, path = self.place.partition(":")
@@ -69,7 +70,7 @@ def given(change: Callable[..., tuple[Any, ...]]) -> Change:
 
 
 def times_1000(bound: Any) -> Any:
-    """In any form that the functions of syncbn.reference.bounds return."""
+    """Enlarge a bound, in any form that the functions of syncbn.reference.bounds return."""
     if isinstance(bound, Statistics):
         return replace(bound, mean=times_1000(bound.mean), var=times_1000(bound.var))
     if isinstance(bound, Bounded):
@@ -94,7 +95,7 @@ def of_each_shard(forward: Callable[..., list[Bounded]]) -> Callable[..., list[B
 
 
 def accepts(which: Callable[[Any], Any]) -> Change:
-    """The ratio is 0 where this is true of what was got."""
+    """The ratio is 0 where `which` is true of the result."""
     return lambda ratio: lambda got, expected: np.where(which(got), 0.0, ratio(got, expected))
 
 
@@ -102,7 +103,7 @@ def accepts_absence(compare: Callable[..., Any]) -> Callable[..., Any]:
     return lambda where, got, expected: (0.0, "") if got is None else compare(where, got, expected)
 
 
-def accepts_what_nobody_asked(compare: Callable[..., Any]) -> Callable[..., Any]:
+def accepts_what_is_frozen(compare: Callable[..., Any]) -> Callable[..., Any]:
     def sabotaged(where: str, got: Any, expected: Any) -> Any:
         return (0.0, "") if expected is None else compare(where, got, expected)
 
@@ -129,7 +130,7 @@ def inputs_with(**fields: Any) -> Change:
     return given(changed)
 
 
-# What the comparators, the reference, its bounds, the expectations and the data might do wrong.
+# Faults of the comparators, the reference, its bounds, the expectations and the data.
 
 _DEPARTURES = "conformance/test_verdict.py::test_every_departure_fails"
 _OUT_OF_BOUND = "conformance/test_verdict.py::test_a_number_just_out_of_bound_fails"
@@ -185,8 +186,17 @@ COMPARATORS = {
     "a missing array passes": Sabotage(f"{_VERDICT}:_compare", accepts_absence, (_DEPARTURES,)),
     "an array too many passes": Sabotage(
         f"{_VERDICT}:_compare",
-        accepts_what_nobody_asked,
+        accepts_what_is_frozen,
         ("conformance/test_verdict.py::test_a_frozen_gradient_that_is_there_fails",),
+    ),
+    "the parts of the ranks are not added": Sabotage(
+        f"{_VERDICT}:_result",
+        becomes(
+            lambda case, outcome, rank, index, name: verdict._array(
+                outcome, rank, f"{index}/{name}"
+            )
+        ),
+        ("conformance/test_second.py::test_only_the_sum_of_the_ranks_counts_for_the_weight",),
     ),
     "no number is compared": Sabotage(f"{_VERDICT}:_numbers", returns(()), (_OUT_OF_BOUND,)),
     "any error passes": Sabotage(
@@ -306,6 +316,13 @@ BOUNDS = {
     "sums have no depth": Sabotage(f"{_BOUNDS}:depth", returns(0.0), (_SOUND, _AVERAGE)),
 }
 EXPECTATIONS = {
+    "what is frozen has cotangents": Sabotage(
+        f"{_EXPECT}:Cotangents",
+        lambda made: lambda a, p, q: made(a + 1, p, q),
+        (
+            "conformance/test_second.py::test_what_is_frozen_has_no_second_derivative_and_no_cotangent",
+        ),
+    ),
     "groups are ignored": Sabotage(
         f"{_EXPECT}:expect",
         case_with(groups=None),
@@ -452,7 +469,7 @@ class _Collector:
 
 
 def _serve(name: str | None, tests: Sequence[str], answer: Connection) -> None:
-    """In a process of its own: pytest's exit status, and what the collector has."""
+    """Run the tests under a sabotage, and send pytest's exit status and the collector's names."""
     if name is not None:
         SABOTAGES[name].commit()
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -464,8 +481,8 @@ def _serve(name: str | None, tests: Sequence[str], answer: Connection) -> None:
 
 
 def outcome(name: str | None, tests: Sequence[str]) -> tuple[int, set[str], set[str]]:
-    """Exit status of pytest on the tests under a sabotage, who passed, who noticed."""
-    context = multiprocessing.get_context("forkserver")  # fast, and free of what pytest holds here
+    """Pytest's exit status under a sabotage, and the tests that passed and that noticed it."""
+    context = multiprocessing.get_context("forkserver")  # fast, and without pytest's state
     context.set_forkserver_preload(["hypothesis", "mpmath", "tests.conformance.test_guards"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(name, tests, theirs))

@@ -328,7 +328,7 @@ def orthogonal_gradients(n: int, mean: float) -> Batch:
 
 
 def parallel_gradients(n: int, mean: float) -> Batch:
-    """dy is x - mean and little else: what is left of dx is what did not cancel."""
+    """dy is x - mean plus a little noise, so most of dx cancels."""
     rng = np.random.default_rng(11)
     x, rest = rng.standard_normal((2, 8, n))
     return batch_of(x + mean, x + 1e-3 * rest)
@@ -339,13 +339,13 @@ def alternation(n: int) -> Array:
 
 
 def constant(n: int, channels: int = 16, **rest: Any) -> Batch:
-    """x and dy constant in each channel: while a sum is in one binade, each term rounds alike."""
+    """x and dy are constant in each channel, so the roundings of a sum are aligned."""
     x, dy = 1 + np.random.default_rng(2).random((2, channels, 1))
     return batch_of(np.repeat(x, n, axis=1), np.repeat(dy, n, axis=1), **rest)
 
 
 def clusters(n: int, gap: float) -> Batch:
-    """Two values per channel, `gap` apart, first all of the one and then all of the other."""
+    """Two values per channel, `gap` apart: the first half has one, the second half the other."""
     rng = np.random.default_rng(3)
     x = 1 + rng.random((16, 1)) + np.where(np.arange(n) < n / 2, 0, gap)
     return batch_of(x, rng.standard_normal((16, n)))
@@ -374,7 +374,7 @@ def outlier(n: int, size: float) -> Batch:
 
 
 def scales_of_ranks(n: int) -> Batch:
-    """Eight ranks, mean and standard deviation of each ten times those of the rank before."""
+    """Eight ranks; mean and standard deviation grow tenfold from rank to rank."""
     rng = np.random.default_rng(7)
     scale = np.repeat(10.0 ** np.arange(-4, 4), n // 8)
     return batch_of((rng.standard_normal((16, n)) + 1) * scale, rng.standard_normal((16, n)), EIGHT)

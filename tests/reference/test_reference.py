@@ -45,7 +45,7 @@ def matrix(shards: Sequence[Array]) -> Array:
 
 
 def assert_close(actual: Bounded, expected: Any) -> None:
-    """Both within the error that the reference allows itself."""
+    """The error is at most half of the bound."""
     error = np.abs(actual.value - expected)
     np.testing.assert_array_less(error, actual.bound / 2 + np.finfo(float).tiny)
 
@@ -78,7 +78,7 @@ class Loss:
 
 
 def assert_gradient(actual: Bounded, function: Callable[[Any], Any], at: Array) -> None:
-    """Against the complex-step derivative, which has no cancellation to lose digits by.
+    """Compare with the complex-step derivative, which loses no digits by cancellation.
 
     Squire and Trapp, SIAM Review 40 (1998): f'(x) = Im f(x + ih) / h.
     """
@@ -135,8 +135,10 @@ def test_gradients_are_the_derivatives_of_the_forward_formula(mode: str, seed: i
 
 @dataclass(frozen=True)
 class Exact:
-    """One channel of a training step in rational arithmetic; only 1 / sqrt is rounded, to 50
-    digits."""
+    """One channel of a training step in rational arithmetic.
+
+    Only 1 / sqrt is rounded, to 50 digits.
+    """
 
     x: list[Fraction]
     dy: list[Fraction]
