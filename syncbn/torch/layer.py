@@ -6,6 +6,7 @@ import copy
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -28,7 +29,11 @@ class SyncBatchNorm(_BatchNorm):
     var are taken over the inputs of the whole group, which may differ in N and in spatial size
     and may be empty, and the gradients are those of this group-wide formula. Running statistics
     take the unbiased variance and are bitwise equal on all ranks. A step costs one all_gather and
-    one all_reduce; eval does not communicate. An error that one rank meets is raised on all.
+    one all_reduce; eval does not communicate. An error that one rank meets is raised on all. The
+    gradients can be differentiated once more.
+
+    In eval with running statistics the layer is PyTorch's own batch normalization. In training it
+    is two operators of `torch.library`, which compilers and torch.export take as they are.
 
     The arguments and their defaults are those of mindspore.mint.nn.SyncBatchNorm, the state_dict
     is that of torch.nn.BatchNorm. Without torch.distributed, or in a group of one rank, it is a
@@ -52,8 +57,8 @@ class SyncBatchNorm(_BatchNorm):
         device: of parameters and running statistics.
         backend: "auto" or the name of a backend (`syncbn.torch.backends`).
 
-    Shape: input (N, C, +) with at least 2 dimensions; output the same, also in dtype and memory
-    format. Input is of the dtype of the parameters, or float16 or bfloat16 with float32.
+    The attributes eps, momentum, track_running_stats, process_group and backend may be set later;
+    they take effect at the next step.
 
     Raises:
         TypeError: an argument is not of its type; see `syncbn.contract.check_arguments`.
@@ -62,6 +67,15 @@ class SyncBatchNorm(_BatchNorm):
         RuntimeError: a ProcessGroup that was destroyed; in a training forward, also a group where
             torch.distributed is not initialized.
         RuntimeError, PeerError: in forward, see `syncbn.torch.functional.sync_batch_norm`.
+
+    Example, in each of the processes that torchrun starts (or in a single one):
+        >>> import torch
+        >>> from syncbn.torch import SyncBatchNorm
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), SyncBatchNorm(8), torch.nn.ReLU())
+        >>> y = model(torch.randn(4, 3, 10, 10))
+        >>> y.mean().backward()
+        >>> model[1].num_batches_tracked
+        tensor(1)
     """
 
     # Of a layer that was converted, and so never constructed.
@@ -102,6 +116,19 @@ class SyncBatchNorm(_BatchNorm):
         self.backend = backend
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize a batch; in training, all ranks of the group call this together.
+
+        Args:
+            input: (N, C, +) with at least 2 dimensions, of the dtype of the parameters, or float16
+                or bfloat16 with parameters of float32. N may be 0 and may differ between ranks.
+
+        Returns:
+            A tensor of the shape, dtype and memory format of the input.
+
+        Raises:
+            TypeError, ValueError, RuntimeError, PeerError: see
+                `syncbn.torch.functional.sync_batch_norm`.
+        """
         tracking = not self.training or self.track_running_stats
         return sync_batch_norm(
             input,
@@ -144,8 +171,14 @@ class SyncBatchNorm(_BatchNorm):
         return convert.revert_sync_batchnorm(module, batch_norm)
 
     def extra_repr(self) -> str:
-        backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
-        return super().extra_repr() + backend
+        shown = ""
+        if isinstance(self.process_group, dist.ProcessGroup):
+            shown += f", process_group=ProcessGroup {self.process_group.group_name!r}"
+        elif self.process_group is not None:
+            shown += f", process_group={self.process_group!r}"
+        if self.backend != "auto":
+            shown += f", backend={self.backend!r}"
+        return super().extra_repr() + shown
 
     def _check_input_dim(self, input: Tensor) -> None:
         check_shape(input.shape, self.num_features)

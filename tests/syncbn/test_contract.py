@@ -271,3 +271,16 @@ def test_no_framework_is_imported(module: str, imported: str) -> None:
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60
     )
     assert run.stdout.strip() == imported, run.stderr
+
+
+def test_layers_are_attributes_of_the_package() -> None:
+    script = (
+        "import sys, syncbn; print('torch' in sys.modules, syncbn.torch.SyncBatchNorm.__name__)"
+    )
+    root = Path(syncbn.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout.split() == ["False", "SyncBatchNorm"], run.stderr
+    with pytest.raises(AttributeError, match="'syncbn' has no attribute 'tensorflow'"):
+        syncbn.tensorflow  # noqa: B018

@@ -6,9 +6,11 @@ What several ranks compute together is judged by the conformance cases, not here
 from __future__ import annotations
 
 import copy
+import doctest
 import inspect
 import itertools
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -143,7 +145,14 @@ class TestConstruction:
         shown = repr(SyncBatchNorm(3, affine=False))
         assert shown.startswith("SyncBatchNorm(3, eps=1e-05, momentum=0.1, affine=False")
         assert "backend" not in shown
+        assert "process_group" not in shown
         assert repr(SyncBatchNorm(3, backend="composed")).endswith(", backend='composed')")
+        assert repr(SyncBatchNorm(3, process_group=[0])).endswith(", process_group=[0])")
+
+    def test_example(self) -> None:
+        results = doctest.testmod(sys.modules[SyncBatchNorm.__module__])
+        assert results.failed == 0
+        assert results.attempted > 4
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_state_dict_goes_to_and_from_batch_norm(self, dtype: torch.dtype) -> None:
