@@ -4,6 +4,11 @@ Compilers, export and shape inference see each operator as a whole, with its fak
 what it does on a rank is in step.py. Groups and backends are given by name and looked up when the
 operator runs.
 
+A compiler may reorder operators that do not depend on each other, on each rank by itself: those of
+parallel branches, by the memory that the rank's shapes need. The ranks would meet in different
+collectives. So while AOTAutograd traces a graph, the operators with a collective are replaced by
+others that pass on a tensor, `order`, which keeps the order of the program.
+
 An operator in Python takes the host 0.1 ms for forward and backward, torch.autograd.Function a
 third of it. So eager code on plain tensors takes the latter, with the same functions.
 """
@@ -11,10 +16,12 @@ third of it. So eager code on plain tensors takes the latter, with the same func
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from syncbn.contract import check_count
 from syncbn.torch import layout, step
@@ -22,26 +29,6 @@ from syncbn.torch.backends import statistics_dtype
 from syncbn.torch.groups import ALONE_KEY, Communicator
 
 _library = torch.library.Library("syncbn", "DEF")
-_library.define(
-    "statistics(Tensor x, Tensor? weight, int num_features, float eps, float? momentum, "
-    "str? dtype, bool tracks, bool differentiates, str problem, str group, str backend) "
-    "-> (Tensor mean, Tensor var, Tensor invstd, Tensor n)"
-)
-_library.define(
-    "normalize(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor n, "
-    "str group, str backend) -> Tensor"
-)
-_library.define(
-    "backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, Tensor n, "
-    "bool wants_x, str group, str backend) -> (Tensor dx, Tensor grad_weight, Tensor grad_bias)"
-)
-_library.define(
-    "double_backward(Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, Tensor x, "
-    "Tensor? weight, Tensor mean, Tensor invstd, Tensor n, str group) "
-    "-> (Tensor grad_dy, Tensor grad_x, Tensor grad_weight)"
-)
-for _function in (step.statistics, step.normalize, step.backward, step.double_backward):
-    _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")
 
 
 def statistics(x: Tensor, weight: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
@@ -56,7 +43,7 @@ def statistics(x: Tensor, weight: Tensor | None, *given: Any) -> tuple[Tensor, .
             step.raise_problem(problem)
             step.check_input(x, num_features, weight)
     with torch.no_grad():
-        return torch.ops.syncbn.statistics(x, weight, *given)
+        return _statistics(x, weight, *given)
 
 
 def normalize(x: Tensor, *given: Any) -> Tensor:
@@ -65,7 +52,7 @@ def normalize(x: Tensor, *given: Any) -> Tensor:
         return _Normalize.apply(x, *given)
     if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
         return _transformed_normalize(x, *given)
-    return torch.ops.syncbn.normalize(x, *given)
+    return _normalize(x, *given)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -123,43 +110,125 @@ def _per_channel(x: Tensor) -> tuple[list[int], list[int]]:
     return [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
 
 
-# Shapes and dtypes of the results, for tensors without data
+# Shapes, dtypes and strides of the results, for tensors without data
 
 
-@torch.library.register_fake("syncbn::statistics", lib=_library)
-def _statistics_fake(x: Tensor, weight: Any, num_features: int, *given: Any) -> tuple[Tensor, ...]:
+def _fake_statistics(x: Tensor, weight: Any, num_features: int, *_: Any) -> tuple[Tensor, ...]:
     mean = x.new_empty(num_features, dtype=statistics_dtype(x.device))
     return mean, torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(())
 
 
-@torch.library.register_fake("syncbn::normalize", lib=_library)
-def _normalize_fake(x: Tensor, *given: Any) -> Tensor:
+def _fake_normalize(x: Tensor, *_: Any) -> Tensor:
     return layout.empty_like(x)
 
 
-@torch.library.register_fake("syncbn::backward", lib=_library)
-def _backward_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    wants_x = rest[2]
+def _fake_backward(
+    dy: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Any,
+    n: Any,
+    wants_x: bool,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     vector = torch.empty_like(mean if weight is None else weight)
     dx = layout.empty_like(x) if wants_x else x.new_empty(0)
     return dx, vector, torch.empty_like(vector)
 
 
-@torch.library.register_fake("syncbn::double_backward", lib=_library)
-def _double_backward_fake(
-    ddx: Any,
-    ddweight: Any,
-    ddbias: Any,
-    dy: Tensor,
-    x: Tensor,
-    weight: Any,
-    mean: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_double_backward(
+    ddx: Any, ddweight: Any, ddbias: Any, dy: Tensor, x: Tensor, weight: Any, mean: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     vector = torch.empty_like(mean if weight is None else weight)
     return layout.empty_like(x).to(dy.dtype), layout.empty_like(x), vector
+
+
+# Definitions
+
+
+def _define(arguments: str, results: str, function: Any, fake: Any) -> Any:
+    """The operator that calls a function of step.py."""
+    name = function.__name__
+    _library.define(f"{name}({arguments}) -> ({results})")
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"syncbn::{name}", fake, lib=_library)
+    return getattr(torch.ops.syncbn, name).default
+
+
+def _define_in_order(arguments: str, results: str, function: Any, fake: Any) -> Any:
+    """The same, with a tensor that it takes and passes on."""
+
+    def passing_on(call: Any) -> Any:
+        def in_order(*given: Any) -> tuple[Tensor, ...]:
+            *others, order = given
+            return *call(*others), torch.zeros_like(order)
+
+        return in_order
+
+    name = f"{function.__name__}_in_order"
+    _library.define(f"{name}({arguments}, Tensor order) -> ({results}, Tensor)")
+    _library.impl(name, passing_on(function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"syncbn::{name}", passing_on(fake), lib=_library)
+    return getattr(torch.ops.syncbn, name).default
+
+
+_STATISTICS = (
+    "Tensor x, Tensor? weight, int num_features, float eps, float? momentum, str? dtype, "
+    "bool tracks, bool differentiates, str problem, str group, str backend",
+    "Tensor mean, Tensor var, Tensor invstd, Tensor n",
+    step.statistics,
+    _fake_statistics,
+)
+_BACKWARD = (
+    "Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, Tensor n, bool wants_x, "
+    "str group, str backend",
+    "Tensor dx, Tensor grad_weight, Tensor grad_bias",
+    step.backward,
+    _fake_backward,
+)
+_statistics = _define(*_STATISTICS)
+_normalize = _define(
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor n, str group, "
+    "str backend",
+    "Tensor",
+    step.normalize,
+    _fake_normalize,
+)
+_backward = _define(*_BACKWARD)
+_double_backward = _define(
+    "Tensor? ddx, Tensor? ddweight, Tensor? ddbias, Tensor dy, Tensor x, Tensor? weight, "
+    "Tensor mean, Tensor invstd, Tensor n, str group",
+    "Tensor grad_dy, Tensor grad_x, Tensor grad_weight",
+    step.double_backward,
+    _fake_double_backward,
+)
+_IN_ORDER = {
+    _statistics: _define_in_order(*_STATISTICS),
+    _backward: _define_in_order(*_BACKWARD),
+}
+
+
+# The order of a graph that AOTAutograd traces
+
+_last: WeakKeyDictionary[FunctionalTensorMode, Tensor] = WeakKeyDictionary()
+
+
+def _in_order(mode: FunctionalTensorMode, operator: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Trace an operator so that it comes after the one that was traced last."""
+    if mode.export:
+        return mode.__torch_dispatch__(operator, types, args, kwargs)
+    last = _last.get(mode)
+    if last is None:
+        last = torch.zeros(1, device=args[0].device)
+    *results, _last[mode] = mode.__torch_dispatch__(
+        _IN_ORDER[operator], types, (*args, last), kwargs
+    )
+    return tuple(results)
+
+
+for _operator in _IN_ORDER:
+    torch.library.register_torch_dispatch(_operator, FunctionalTensorMode, _in_order, lib=_library)
 
 
 # Gradients
@@ -191,7 +260,7 @@ def _differentiate_normalize(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mean, invstd, n = _saved(ctx, sums=2)
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     twice = torch.is_grad_enabled() or not _is_plain(dy)
-    function = torch.ops.syncbn.backward if twice else step.backward
+    function = _backward if twice else step.backward
     dx, dweight, dbias = function(dy, x, weight, mean, invstd, n, wants_x, ctx.group, ctx.backend)
     return (
         dx if wants_x else None,
@@ -213,7 +282,7 @@ def _differentiate_backward(
     ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = _saved(ctx, sums=7)
-    grad_dy, grad_x, grad_weight = torch.ops.syncbn.double_backward(
+    grad_dy, grad_x, grad_weight = _double_backward(
         ddx if ctx.wants_x else None, ddweight, ddbias, *saved, ctx.group
     )
     weight = saved[2]
@@ -227,12 +296,12 @@ def _differentiate_double_backward(ctx: Any, *_: Any) -> Any:
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None: ...
 
 
-for _name, _formula, _save in (
-    ("normalize", _differentiate_normalize, _save_normalize),
-    ("backward", _differentiate_backward, _save_backward),
-    ("double_backward", _differentiate_double_backward, _save_nothing),
+for _operator, _formula, _save in (
+    (_normalize, _differentiate_normalize, _save_normalize),
+    (_backward, _differentiate_backward, _save_backward),
+    (_double_backward, _differentiate_double_backward, _save_nothing),
 ):
-    torch.library.register_autograd(f"syncbn::{_name}", _formula, setup_context=_save, lib=_library)
+    torch.library.register_autograd(_operator, _formula, setup_context=_save, lib=_library)
 
 
 # Batched gradients: one call for each
@@ -257,9 +326,8 @@ def _one_by_one(operator: Any) -> Any:
     return batched
 
 
-for _name in ("backward", "double_backward"):
-    _rule = _one_by_one(getattr(torch.ops.syncbn, _name))
-    torch.library.register_vmap(f"syncbn::{_name}", _rule, lib=_library)
+for _operator in (_backward, _double_backward):
+    torch.library.register_vmap(_operator, _one_by_one(_operator), lib=_library)
 
 
 # Without the cost of an operator

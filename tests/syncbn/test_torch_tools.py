@@ -8,12 +8,16 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from syncbn.torch import SyncBatchNorm
@@ -301,6 +305,37 @@ def test_inductor(training: bool) -> None:
             gradients.append([y, *torch.autograd.grad(y.pow(3).sum(), wanted)])
         torch.testing.assert_close(gradients[0], gradients[1])
     torch.testing.assert_close(layer.state_dict(), again._orig_mod.state_dict())  # type: ignore[attr-defined]
+    torch._dynamo.reset()
+
+
+class _Branches(nn.Module):
+    """Norms that do not depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(SyncBatchNorm(3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([norm(x * place) for place, norm in enumerate(self.norms, 1)]).sum()
+
+
+def test_compiled_collectives_keep_their_order() -> None:
+    """Else Inductor orders those of parallel branches by the shapes of each rank."""
+    graphs: list[torch.fx.Graph] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.graph)
+        return make_boxed_func(module)
+
+    model = torch.compile(_Branches(), backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    model(X.clone().requires_grad_()).backward()
+    forward, backward = graphs
+    for graph, name in ((forward, "statistics_in_order"), (backward, "backward_in_order")):
+        calls = [node for node in graph.nodes if str(node.target) == f"syncbn.{name}.default"]
+        assert len(calls) == 3
+        for before, after in itertools.pairwise(calls):
+            assert after.args[-1].target is operator.getitem
+            assert after.args[-1].args[0] is before
     torch._dynamo.reset()
 
 
