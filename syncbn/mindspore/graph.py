@@ -12,7 +12,9 @@ from mindspore import Parameter, Tensor, nn, ops
 
 _order = Parameter(Tensor(np.zeros(1, np.float32)), name="syncbn.order", requires_grad=False)
 
-_compiled_layers: set[int] = set()  # the numbers of all layers that are a part of a graph
+# The numbers of all layers that are a part of a graph, and of an exported graph.
+_compiled_layers: set[int] = set()
+_exported_layers: set[int] = set()
 
 
 def compiling() -> bool:
@@ -33,6 +35,20 @@ def note_compiled(layer: int) -> bool:
 def was_compiled(layer: int) -> bool:
     """Whether the layer of this number is a part of a compiled graph."""
     return layer in _compiled_layers
+
+
+@ops.constexpr
+def note_exported(layer: int, compile_phase: str | None) -> bool:
+    """Whether a graph is compiled to be exported. The layer is then remembered."""
+    exported = bool(compile_phase and compile_phase.startswith("export."))
+    if exported:
+        _exported_layers.add(layer)
+    return exported
+
+
+def was_exported(layer: int) -> bool:
+    """Whether the layer of this number is a part of an exported graph."""
+    return layer in _exported_layers
 
 
 def may_sync_host() -> bool:

@@ -15,7 +15,14 @@ from syncbn import protocol
 from syncbn.contract import SINGLE_VALUE, check_arguments, check_dtype
 from syncbn.mindspore import backends
 from syncbn.mindspore.backends import statistics_dtype
-from syncbn.mindspore.graph import compiling, may_sync_host, note_compiled, was_compiled
+from syncbn.mindspore.graph import (
+    compiling,
+    may_sync_host,
+    note_compiled,
+    note_exported,
+    was_compiled,
+    was_exported,
+)
 from syncbn.mindspore.groups import ALONE, Group, communication_began, resolve
 from syncbn.mindspore.layout import LeadingOnes, count_of, per_channel
 from syncbn.mindspore.normalize import Normalize, NormalizeByConstants
@@ -56,8 +63,8 @@ class SyncBatchNorm(nn.Cell):
     Without mindspore.communication, or in a group of one rank, it is a BatchNorm.
 
     `eps`, `momentum`, `track_running_stats`, `process_group` and `backend` may be set at any time
-    and hold from the next step on. Once the layer has been compiled into a graph, the last two
-    cannot be set: that raises RuntimeError.
+    and hold from the next step on. The last two cannot be set once the layer has been compiled into
+    a graph, nor can eps once it has been exported: that raises RuntimeError.
 
     In training it has a second derivative in PyNative mode, and none in a graph. In eval it has
     every derivative. A derivative that it does not have raises RuntimeError.
@@ -176,11 +183,21 @@ class SyncBatchNorm(nn.Cell):
 
     @property
     def eps(self) -> float:
-        """What is added to the variance. A new value holds from the next step on."""
+        """What is added to the variance. A new value holds from the next step on.
+
+        Raises:
+            RuntimeError: the layer has been exported.
+        """
         return self._settings.values.eps
 
     @eps.setter
     def eps(self, eps: float) -> None:
+        if was_exported(self._settings.layer):
+            raise RuntimeError(
+                "eps cannot be set: the layer has been exported, and MindSpore would export the "
+                "same graph again. Build a new layer with the new eps and load the parameters of "
+                "this one"
+            )
         self._set(eps=eps)
 
     @property
@@ -324,9 +341,13 @@ class SyncBatchNorm(nn.Cell):
             return ops.zeros(x.shape, x.dtype)
         # A copy: a training step may move the parameter before the backward of this one.
         mean = per_channel(self.running_mean.copy(), x.ndim)
+        eps = self._settings.eps
+        if compiling():  # noqa: SIM102  # the compiler evaluates the outer condition only
+            if note_exported(self._settings.layer, self.compile_phase):
+                eps = self._settings.exported_eps
         # No reciprocal: MindSpore cannot export one to ONNX.
         var = self.running_var.astype(statistics_dtype())
-        std = per_channel(ops.sqrt(var + self._settings.eps), x.ndim)
+        std = per_channel(ops.sqrt(var + eps), x.ndim)
         weight = (
             ops.ones_like(std)
             if self.weight is None

@@ -6,7 +6,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import mindspore as ms
-from mindspore import Parameter, ops
+from mindspore import Parameter, Tensor, ops
 
 from syncbn.mindspore.backends import number
 
@@ -35,6 +35,7 @@ class Settings:
         layer: a number that no other layer of this process has.
         values: the settings as the user gave them.
         eps: what is added to the variance.
+        exported_eps: the same as a constant, because MindIR has no Parameter that is in no cell.
         kept: 1 - momentum, or 1 if momentum is None.
         taken: momentum, or 0 if momentum is None.
         cumulative: 1 if momentum is None, else 0.
@@ -42,6 +43,7 @@ class Settings:
     """
 
     eps: Parameter
+    exported_eps: Tensor
     kept: Parameter
     taken: Parameter
     cumulative: Parameter
@@ -50,6 +52,7 @@ class Settings:
     def __init__(self, values: Values) -> None:
         self.layer = next(_layer_numbers)
         self.values = values
+        self.exported_eps = number(values.eps)
         for name, value in _numbers(values).items():
             # The names of all parameters in a graph must differ.
             full_name = f"syncbn.{self.layer}.{name}"
@@ -58,6 +61,7 @@ class Settings:
     def set(self, values: Values) -> None:
         """Take other settings from the next step on."""
         self.values = values
+        self.exported_eps = number(values.eps)
         for name, value in _numbers(values).items():
             # In place: a function under ms.jit would not see the new tensor of `set_data`.
             ops.assign(getattr(self, name), number(value))

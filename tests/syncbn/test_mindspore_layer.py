@@ -851,6 +851,17 @@ class TestWithMindSpore:
         (expected,) = reference_of(layer).forward([numpy_of(x)], training=False)
         assert_within("y", Tensor(y), expected)
 
+    def test_mindir(self, tmp_path: Path) -> None:
+        network, x = DenseAndNorm().set_train(False), randn(5, 3)
+        network.norm.eps = 0.5
+        file = str(tmp_path / "network.mindir")
+        ms.export(network, x, file_name=file, file_format="MINDIR")
+        loaded = nn.GraphCell(ms.load(file))
+        expected = forward(network, x, "graph")
+        assert np.allclose(forward(loaded, x, "graph").asnumpy(), expected.asnumpy(), atol=1e-6)
+        with pytest.raises(RuntimeError, match=r"eps cannot be set: .* exported, .* new layer"):
+            network.norm.eps = 1.0
+
 
 class DenseAndNorm(nn.Cell):
     """A cell of a user, whose source amp level O1 rewrites."""
