@@ -37,7 +37,11 @@ from syncbn.launchers import LAUNCHERS
 from syncbn.reports.commands import add_commands
 
 _OUT = Path("reports/out")
-_STATUS = "0 pass, 1 fail, 2 an error in the request or of the machine, 130 interrupted"
+_STATUS = (
+    "0 pass, 1 fail, 2 an error in the request, or nothing could start, 3 no verdict, because the "
+    "suite or the machine failed in a case, 130 interrupted"
+)
+_STATUS_OF = {"pass": 0, "fail": 1, "error": 3}
 
 
 class UsageError(ConformanceError):
@@ -97,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
     reports.summarize(document, _output())
     reports.save(document, out / "report.json")
     print(f"report: {out / 'report.json'}")
-    return 0 if document["summary"]["verdict"] == "pass" else 1
+    return _STATUS_OF[document["summary"]["verdict"]]
 
 
 def _output() -> Console:
@@ -129,7 +133,7 @@ def _replay(options: argparse.Namespace) -> int:
     print(f"{verdict.verdict}{ratio} in {result.seconds:.2f} s on {case.ranks} ranks")
     if verdict.message:
         print(verdict.message)
-    return 0 if verdict.verdict == "pass" else 1
+    return _STATUS_OF.get(verdict.verdict, 1)
 
 
 def _explore(options: argparse.Namespace) -> int:

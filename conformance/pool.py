@@ -10,6 +10,7 @@ ranks stay and form a new world, because a process group is not reliable after a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import secrets
@@ -31,8 +32,11 @@ from syncbn.conformance.wire import Message
 from syncbn.launchers import LAUNCHERS, Job
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
+_JOIN_SECONDS = 20.0  # in which ranks that have all loaded form a new world
 _GRACE_SECONDS = 5.0  # in which the peers of a rank that failed must fail as well
 _PATIENCE = 10.0  # factor of all times if ranks compile every step, or interpret their kernels
+_MAX_FAILED_STARTS = 2  # in a row; after that every case is an error at once
+_END_SECONDS = 2.0  # between the end of a connection and that of its process
 _STACK_SECONDS = 0.3  # in which a signal handler writes
 
 
@@ -44,12 +48,32 @@ class Outcome:
     crashed: the ranks that died.
     hung: the ranks that did not answer in time.
     details: what is known about crashes and hangs; empty if there is none.
+    error: why the suite or the machine could not run the case; empty if it could.
     """
 
     answers: list[Message | None]
     crashed: list[int] = field(default_factory=list)
     hung: list[int] = field(default_factory=list)
     details: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Ranks that were replaced.
+
+    case: the id of the case that was about to run, or had just run.
+    reason: what the old ranks did.
+    seconds: how long they kept the run waiting.
+    """
+
+    case: str
+    reason: str
+    seconds: float
+
+
+class StartError(TargetError):
+    """The ranks cannot be started, load the target or form a world."""
 
 
 class RankPool:
@@ -60,7 +84,8 @@ class RankPool:
         ranks: the number of processes, at least 1.
         launcher: a name of syncbn.launchers.LAUNCHERS.
 
-    `starts` counts how often processes were started. `versions` names the software of the ranks.
+    `starts` counts how often processes were started, and `restarts` has the reason of each start
+    after the first. `versions` names the software of the ranks.
     """
 
     def __init__(self, target: Target, ranks: int, launcher: str = "local") -> None:
@@ -69,6 +94,8 @@ class RankPool:
         self.launcher = launcher
         self.versions: dict[str, str] = {}
         self.starts = 0
+        self.restarts: list[Restart] = []
+        self._failed_starts = 0  # in a row
         self._epoch = 0
         self._job: Job | None = None
         self._connections: list[Connection] = []
@@ -89,7 +116,8 @@ class RankPool:
         """Start the ranks, load the target and form the world.
 
         Raises:
-            TargetError: the target cannot be loaded. The text has the rank's own message.
+            StartError: the ranks do not start, or the target cannot be loaded. The text has the
+                rank's own message.
         """
         self.starts += 1
         key = secrets.token_bytes(32)
@@ -108,9 +136,9 @@ class RankPool:
             self._job = LAUNCHERS[self.launcher](command, self.ranks, environment)
             try:
                 self._connections = self._accept(listener)
-                loaded = self._all({"do": "load", "target": self.target.document})
+                loaded = self._all({"do": "load", "target": self.target.document}, _START_SECONDS)
                 self.versions = loaded[0].content["versions"]
-                self._join()
+                self._join(_START_SECONDS)
             except BaseException:
                 self.stop()
                 raise
@@ -127,22 +155,43 @@ class RankPool:
 
     def run(self, case: Case) -> Outcome:
         """Run a case on all ranks. No target can make this raise."""
-        if self._job is None:
-            self.start()
-        elif self._must_rejoin:
-            try:
-                self._join()
-            except TargetError:
-                self.stop()
-                self.start()
+        try:
+            self._prepare(case)
+        except StartError as error:
+            return Outcome([None] * self.ranks, error=str(error))
+        began = time.monotonic()
         outcome = self._exchange(
             {"do": "run", "case": case.document}, case.deadline, patience=_patience(self.target)
         )
         if outcome.crashed or outcome.hung:
             self.stop()
+            self._record(case, outcome.details, began)
         else:
             self._must_rejoin = any(went_wrong(answer) for answer in outcome.answers)
         return outcome
+
+    def _prepare(self, case: Case) -> None:
+        """Have ranks that are in one world.
+
+        Raises:
+            StartError: that is not possible.
+        """
+        if self._must_rejoin:
+            began = time.monotonic()
+            try:
+                self._join(_JOIN_SECONDS * _patience(self.target))
+            except StartError as error:
+                self.stop()
+                self._record(case, f"the ranks did not form a new world: {error}", began)
+        if self._job is None:
+            if self._failed_starts == _MAX_FAILED_STARTS:
+                raise StartError(f"the ranks failed to start {_MAX_FAILED_STARTS} times in a row")
+            self._failed_starts += 1
+            self.start()
+            self._failed_starts = 0
+
+    def _record(self, case: Case, reason: str, began: float) -> None:
+        self.restarts.append(Restart(case.id, reason, time.monotonic() - began))
 
     def _accept(self, listener: Listener) -> list[Connection]:
         """One connection for each rank, in rank order; they may connect in any order."""
@@ -169,28 +218,30 @@ class RankPool:
             except queue.Empty:
                 missing = set(range(self.ranks)) - set(by_rank)
                 if lost := sorted(missing & set(self._job.ended())):
-                    raise TargetError(self._lost(lost, "died at its start")) from None
+                    raise StartError(self._lost(lost, "died at its start")) from None
                 if time.monotonic() > end:
-                    raise TargetError(self._lost(sorted(missing), "did not start")) from None
+                    raise StartError(self._lost(sorted(missing), "did not start")) from None
             else:
                 by_rank[wire.receive(connection).content["rank"]] = connection
         return [by_rank[rank] for rank in range(self.ranks)]
 
-    def _join(self) -> None:
+    def _join(self, deadline: float) -> None:
         """Let the ranks form a new world."""
-        port = self._all({"do": "host"}, only=[0])[0].content["port"]
-        self._all({"do": "join", "port": port})
+        port = self._all({"do": "host"}, deadline, only=[0])[0].content["port"]
+        self._all({"do": "join", "port": port}, deadline)
         self._must_rejoin = False
 
-    def _all(self, content: dict[str, Any], only: list[int] | None = None) -> list[Message]:
+    def _all(
+        self, content: dict[str, Any], deadline: float, only: list[int] | None = None
+    ) -> list[Message]:
         """The answers to a message that must succeed on all ranks (or on those in `only`)."""
-        outcome = self._exchange(content, _START_SECONDS, only)
+        outcome = self._exchange(content, deadline, only)
         if outcome.crashed or outcome.hung:
-            raise TargetError(outcome.details)
+            raise StartError(outcome.details)
         answers = [answer for answer in outcome.answers if answer is not None]
         for answer in answers:
             if "failed" in answer.content:
-                raise TargetError(
+                raise StartError(
                     f"target {self.target.name} cannot be used: {answer.content['failed']}"
                 )
         return answers
@@ -250,20 +301,37 @@ class RankPool:
         return "; ".join(parts)
 
     def _lost(self, ranks: list[int], how: str) -> str:
+        """What happened to ranks: how their processes ended, and where they were."""
         assert self._job is not None
+        ended = self._how_ended(ranks) if "died" in how else set()
         output = "\n".join(self._job.output(rank) for rank in ranks)
         lines = [line.strip() for line in output.splitlines() if line.strip()]
-        # In a stack dump the main thread comes last, innermost frame first. Show where it is, and
-        # the line of the target that led there.
-        dumps = [
-            i for i, line in enumerate(lines) if line.startswith(("Thread ", "Current thread"))
-        ]
-        frames = lines[dumps[-1] + 1 :] if dumps else []
-        others = ("site-packages", "conformance/ranks", "<frozen")
-        own = [f for f in frames[1:] if not any(place in f for place in others)]
-        shown = frames[:1] + own[:1] if dumps else lines[-2:]
+        shown = [*sorted(ended), *_place(lines)]
         names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         return f"{names} {how}" + (f" ({' / '.join(shown)})" if shown else "")
+
+    def _how_ended(self, ranks: list[int]) -> set[str]:
+        """The connection of a process ends before the process; so wait a moment."""
+        assert self._job is not None
+        end = time.monotonic() + _END_SECONDS
+        while set(ranks) - set(ended := self._job.ended()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return {ended.get(rank, "its connection ended, its process did not") for rank in ranks}
+
+
+def _place(lines: list[str]) -> list[str]:
+    """Where a process was, from its output: its last dump of stacks, or its last lines."""
+    dumps = [i for i, line in enumerate(lines) if line.startswith(("Thread ", "Current thread"))]
+    # Of all threads, a signal that ends the process names the current one. In a dump that was
+    # requested the main thread comes last. The innermost frame is first.
+    current = [i for i in dumps if lines[i].startswith("Current thread")]
+    start = (current or dumps)[-1:] or None
+    if start is None:
+        return lines[-2:]
+    frames = list(itertools.takewhile(lambda line: line.startswith("File "), lines[start[0] + 1 :]))
+    others = ("site-packages", "conformance/ranks", "<frozen")
+    own = [frame for frame in frames[1:] if not any(place in frame for place in others)]
+    return frames[:1] + own[:1]
 
 
 def _patience(target: Target) -> float:

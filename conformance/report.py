@@ -45,7 +45,7 @@ def build(
     counting = [clause["verdict"] for clause in clauses if clause["required"]]
     ran = [result.case.id for result in results]
     missing = must_pass.missing(pool.ranks, profile, ran)
-    passed = all(judged == "pass" for judged in counting) and not missing
+    verdicts = [result.verdict.verdict for result in results]
     return {
         "schema": "syncbn-report/1",
         "suite": {"version": syncbn.__version__, **_commit()},
@@ -60,10 +60,14 @@ def build(
         "level": level,
         "seconds": round(seconds, 3),
         "must_pass": {"listed": len(must_pass.listed(pool.ranks, profile)), "missing": missing},
+        "restarts": [
+            {"case": restart.case, "reason": restart.reason, "seconds": round(restart.seconds, 3)}
+            for restart in pool.restarts
+        ],
         "summary": {
-            "verdict": "pass" if passed else "fail",
+            "verdict": _summary(verdicts, counting, missing),
             "required": _counts(counting),
-            "cases": _counts([result.verdict.verdict for result in results]),
+            "cases": _counts(verdicts),
         },
         "clauses": clauses,
         "cases": [
@@ -80,6 +84,14 @@ def build(
             for result in results
         ],
     }
+
+
+def _summary(cases: Sequence[str], required: Sequence[str], missing: Sequence[str]) -> str:
+    """The verdict on a run; there is none on the target if the suite failed in one case."""
+    if "error" in cases:
+        return "error"
+    passed = all(judged == "pass" for judged in required) and not missing
+    return "pass" if passed else "fail"
 
 
 def _target(target: Target) -> dict[str, Any]:

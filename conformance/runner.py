@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from syncbn.conformance import verdict
 from syncbn.conformance.case import Case
-from syncbn.conformance.expected import expect
-from syncbn.conformance.pool import RankPool, went_wrong
+from syncbn.conformance.expected import Expectations, expect
+from syncbn.conformance.pool import Outcome, RankPool, went_wrong
 from syncbn.conformance.verdict import Verdict
 from syncbn.reference.ratio import THRESHOLD
 
@@ -76,18 +77,29 @@ def run_case(pool: RankPool, case: Case, oracle: RankPool | None = None) -> Resu
     start = time.monotonic()
     expected = functools.cache(lambda: expect(case))
     outcome = pool.run(case)
-    judged = verdict.judge(case, outcome, expected)
+    judged = _judge(case, outcome, expected)
     seconds = time.monotonic() - start
-    if oracle is None or judged.verdict == "unsupported":
+    if oracle is None or judged.verdict in ("unsupported", "error"):
         return Result(case, judged, seconds)
     if any(step.error for step in case.steps):
         return Result(case, judged, seconds, _NOT_ASKED)
     answer = oracle.run(case)
-    of_oracle = verdict.judge(case, answer, expected)
+    of_oracle = _judge(case, answer, expected)
     apart = None if case.error else verdict.apart(case, outcome, answer, expected())
     raised = case.error is None and any(map(went_wrong, answer.answers))
     finding = "no answer" if raised else _finding(judged, of_oracle, apart)
     return Result(case, judged, seconds, Comparison(of_oracle, apart, finding))
+
+
+def _judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) -> Verdict:
+    """The verdict on a case; "error" if the suite cannot judge it."""
+    try:
+        return verdict.judge(case, outcome, expected)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}:{frame.lineno} in {frame.name}"
+        text = f"the suite failed to judge: {type(error).__name__}: {error} ({place})"
+        return Verdict("error", None, text)
 
 
 def _finding(target: Verdict, oracle: Verdict, apart: float | None) -> str:

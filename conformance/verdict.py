@@ -24,7 +24,7 @@ from syncbn.reference import Bounded
 from syncbn.reference.ratio import THRESHOLD, ratio
 
 # The closed list of verdicts, worst first for a clause that has several.
-VERDICTS = ("crash", "hang", "fail", "unsupported", "not-run", "pass")
+VERDICTS = ("error", "crash", "hang", "fail", "unsupported", "not-run", "pass")
 
 _DOCUMENTED = {
     "num_features": "<class 'inspect._empty'>",
@@ -79,6 +79,11 @@ def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) ->
         outcome: their answers.
         expected: returns the expected results; called only if they are needed.
     """
+    if outcome.error:
+        return Verdict("error", None, outcome.error)
+    for rank, answer in enumerate(outcome.answers):
+        if answer is not None and "failed" in answer.content:
+            return Verdict("error", None, f"rank {rank}: {answer.content['failed']}")
     if outcome.crashed:
         return Verdict("crash", None, outcome.details)
     if outcome.hung:
@@ -90,8 +95,6 @@ def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) ->
     try:
         for rank, answer in enumerate(outcome.answers):
             assert answer is not None
-            if "failed" in answer.content:
-                raise _Raised(f"rank {rank}: {answer.content['failed']}")
             _check_errors(case, rank, answer)
         if case.error is None:
             _check_facts(case, outcome)

@@ -18,8 +18,8 @@ class Job(Protocol):
     def dump_stacks(self) -> None:
         """Make every living rank write the stacks of its threads to its output."""
 
-    def ended(self) -> list[int]:
-        """The ranks whose process has ended."""
+    def ended(self) -> dict[int, str]:
+        """The ranks whose process has ended, and how, as in "exit status 1"."""
 
     def output(self, rank: int) -> str:
         """The text that a rank has written to stdout and stderr so far."""

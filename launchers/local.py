@@ -35,8 +35,9 @@ class LocalJob:
             if process.poll() is None:
                 process.send_signal(signal.SIGUSR1)
 
-    def ended(self) -> list[int]:
-        return [rank for rank, process in enumerate(self._processes) if process.poll() is not None]
+    def ended(self) -> dict[int, str]:
+        codes = {rank: process.poll() for rank, process in enumerate(self._processes)}
+        return {rank: describe(code) for rank, code in codes.items() if code is not None}
 
     def output(self, rank: int) -> str:
         return self._log(rank).read_text(errors="replace")
@@ -50,3 +51,13 @@ class LocalJob:
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"rank{rank}.log"
+
+
+def describe(code: int) -> str:
+    """How a process ended, from its return code as subprocess gives it."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"signal {-code}, {signal.Signals(-code).name}"
+    except ValueError:  # a signal without a name
+        return f"signal {-code}"

@@ -69,11 +69,12 @@ class MsrunJob:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
 
-    def ended(self) -> list[int]:
+    def ended(self) -> dict[int, str]:
         if self._msrun.poll() is None:  # some may not have started yet
-            return []
+            return {}
         workers = self._workers()
-        return [rank for rank in range(self._ranks) if rank not in workers]
+        ended = [rank for rank in range(self._ranks) if rank not in workers]
+        return dict.fromkeys(ended, "how is not known: msrun ends before its ranks")
 
     def output(self, rank: int) -> str:
         if self._msrun.poll():  # msrun failed, and its log has the reason

@@ -28,7 +28,8 @@ def validate(report: Report) -> None:
     """Check that a report obeys the schema and does not contradict itself.
 
     Apart from the schema: a case names a clause of the report, the counts of the summary are those
-    of the clauses and cases, and the verdict is "pass" only if every required clause passes.
+    of the clauses and cases, and the verdict is "pass" only if every required clause passes, and
+    "error" only if a case is.
 
     Raises:
         ReportError: with the place, the value and the rule, as in
@@ -126,6 +127,11 @@ def _check_consistency(report: Report) -> None:
     for id in report["must_pass"]["missing"]:
         if id in ran:
             raise ReportError(f"must_pass.missing: must not name a case that ran, got {id!r}")
+    if (summary["verdict"] == "error") != (summary["cases"]["error"] > 0):
+        raise ReportError(
+            "summary.verdict: must be 'error' if a case has the verdict 'error', and only then, "
+            f"got {summary['verdict']!r}"
+        )
     passes = summary["required"]["pass"] == len(required) and not report["must_pass"]["missing"]
     if summary["verdict"] == "pass" and not passes:
         raise ReportError(

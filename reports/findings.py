@@ -101,7 +101,7 @@ def _clause(report: Report, clause: Any) -> list[str]:
     cases = [case for case in report["cases"] if case["clause"] == clause["id"]]
     if not cases:
         return [f"- {ranks}: not run ({clause['reason']})"]
-    failing = [case for case in cases if case["verdict"] in ("fail", "hang", "crash")]
+    failing = [case for case in cases if case["verdict"] in ("fail", "hang", "crash", "error")]
     unsupported = [case for case in cases if case["verdict"] == "unsupported"]
     judged = len(cases) - len(unsupported)
     if failing:

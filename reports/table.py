@@ -19,11 +19,17 @@ _STYLES = {
     "fail": "bold red",
     "hang": "bold red",
     "crash": "bold red",
+    "error": "bold magenta",
     "unsupported": "yellow",
     "not-run": "yellow",
 }
+_SUMMARIES = {
+    "pass": ("pass", "bold green"),
+    "fail": ("FAIL", "bold red"),
+    "error": ("NO VERDICT, the suite or the machine failed", "bold magenta"),
+}
 _OF_ORACLE = ("oracle departs", "no answer")
-_FAILING = ("fail", "hang", "crash")
+_FAILING = ("fail", "hang", "crash", "error")
 _CASES_SHOWN = 3
 _LINES_SHOWN = 6  # of a message, which may contain the stacks of all ranks
 
@@ -52,6 +58,8 @@ def summarize(report: Report, console: Console) -> None:
             _print_failing(report, clause, failing[clause["id"]], console)
     console.print()
     console.print(_must_pass(report), soft_wrap=True)
+    if report["restarts"]:
+        console.print(_restarts(report), soft_wrap=True)
     _print_oracle(report, console)
     console.print(_last_line(report), soft_wrap=True)
 
@@ -128,6 +136,19 @@ def _must_pass(report: Report) -> Text:
     return Text(text + (" ..." if len(missing) > _CASES_SHOWN else ""), "bold red")
 
 
+def _restarts(report: Report) -> Text:
+    """How often ranks were replaced. What cost a case its verdict is among the failing cases."""
+    restarts = report["restarts"]
+    verdicts = {case["id"]: case["verdict"] for case in report["cases"]}
+    others = [one for one in restarts if verdicts.get(one["case"]) not in ("hang", "crash")]
+    text = Text(f"the ranks were replaced {len(restarts)} times", "dim")
+    if others:
+        seconds = sum(one["seconds"] for one in others)
+        text.append(f", {len(others)} times between cases ({seconds:.0f} s): ", "yellow")
+        text.append(others[0]["reason"].splitlines()[0], "yellow")
+    return text
+
+
 def _print_oracle(report: Report, console: Console) -> None:
     """How often target, oracle and reference depart from each other, and where."""
     oracle = report["oracle"]["target"]
@@ -172,11 +193,11 @@ def _message(message: str) -> Text:
 
 def _last_line(report: Report) -> Text:
     summary, clauses = report["summary"], report["clauses"]
-    verdict = ("FAIL", "bold red") if summary["verdict"] == "fail" else ("pass", "bold green")
+    verdict = _SUMMARIES[summary["verdict"]]
     line = Text.assemble(
         verdict,
         f": {summary['required']['pass']} of {sum(summary['required'].values())} required clauses",
-        " pass" if summary["verdict"] == "fail" else "",
+        "" if summary["verdict"] == "pass" else " pass",
         f", {sum(summary['cases'].values())} cases in {_duration(report['seconds'])}",
     )
     for name in _STYLES:

@@ -168,7 +168,7 @@ class _Suite:
         seeded = replace(case, seed=case.seed + _CASE_SEEDS_PER_SEED * seed)
         outcome = self.pool.run(replace(seeded, layer={**case.layer, "mutant": row.mutant}))
         judged = verdict.judge(seeded, outcome, lambda: self._expected(seeded))
-        marks = {"pass": ".", "unsupported": ".", "hang": "h", "crash": "c"}
+        marks = {"pass": ".", "unsupported": ".", "hang": "h", "crash": "c", "error": "r"}
         mark = marks.get(judged.verdict, "r" if judged.raised else "X")
         return Result(mark, seeded, judged.message)
 

@@ -107,11 +107,12 @@ def detections(target: Target, cases: Sequence[Case]) -> Iterator[Detection]:
     """Every case that the target does not pass."""
     with RankPool(target, cases[0].ranks) as pool:
         try:
+            pool.start()
             for case in cases:
                 verdict = _judge(pool, case)
                 if verdict.verdict != "pass":
                     how = verdict.verdict if verdict.verdict in ("hang", "crash") else "wrong"
-                    how = "raised" if verdict.raised else how
+                    how = "raised" if verdict.raised or verdict.verdict == "error" else how
                     yield Detection(how, case, verdict.message or "")
         except TargetError as error:
             yield Detection("load", None, str(error))

@@ -205,6 +205,8 @@ def _run_case(study: Study, case: Case, pools: dict[Layer, RankPool]) -> None:
 
 
 def _why_no_result(outcome: Outcome) -> str | None:
+    if outcome.error:
+        raise StudyError(outcome.error)
     if outcome.crashed or outcome.hung:
         return CRASHED if outcome.crashed else HUNG
     for answer in outcome.answers:

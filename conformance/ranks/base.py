@@ -6,6 +6,7 @@ of syncbn.conformance.verdict. The abstract methods are all that a framework mus
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -29,6 +30,15 @@ Arrays: TypeAlias = dict[str, Array]
 
 class Unsupported(Exception):
     """The framework cannot do what a step needs; all ranks must raise it."""
+
+
+class MachineError(Exception):
+    """The machine could not do what the layer needed, so the layer cannot be judged."""
+
+
+# A full disk, a full quota, a table of open files that is full for all processes, a broken disk.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.ENFILE, errno.EIO)
+_LONGEST_TEXT = 4000  # of an error, in characters
 
 
 class Rank(ABC):
@@ -154,8 +164,13 @@ class Rank(ABC):
         return False
 
     def describe(self, error: Exception) -> dict[str, Any]:
-        """An error of the target as JSON: the names of its types, and its text."""
-        return {"types": [cls.__name__ for cls in type(error).__mro__], "message": str(error)}
+        """An error of the target as JSON: the names of its types, and its text.
+
+        Raises:
+            MachineError: the machine is at fault, and not the target.
+        """
+        _check_machine(error)
+        return {"types": [cls.__name__ for cls in type(error).__mro__], "message": _text(error)}
 
     def run(self, case: Case) -> tuple[dict[str, Any], Arrays]:
         # On accelerators and in graphs, our layer raises an error on all ranks only in debug mode.
@@ -170,22 +185,48 @@ class Rank(ABC):
             return {"unsupported": str(reason)}, {}
         if "repeatable" in case.checks:
             again = self._run(case)[1]
-            answer["unlike"] = [n for n, a in arrays.items() if a.tobytes() != again[n].tobytes()]
+            answer["unlike"] = [
+                name
+                for name, array in arrays.items()
+                if name not in again or array.tobytes() != again[name].tobytes()
+            ]
         return answer, arrays
 
     def _run(self, case: Case) -> tuple[dict[str, Any], Arrays]:
+        """Errors in the work of the layer are facts; all others are raised, as they are ours."""
         answer: dict[str, Any] = {"steps": []}
         arrays: Arrays = {}
+        state = self._start_state(case)
         try:
             for index in range(max(1, len(case.steps))):
                 for ranks in case.groups_at(index) or ():
                     self._group(ranks)
             if case.group_of(self.rank) is None:
                 return answer, arrays
-            layer = self._build(case)
+            layer = self._build(case, state)
+            self._look(layer, case, answer, arrays)
         except Exception as error:
             answer["error"] = self.describe(error)
             return answer, arrays
+        for index, step in enumerate(case.steps):
+            if not step.takes_part(self.rank):
+                answer["steps"].append({})
+                continue
+            try:
+                if step.reload or step.groups:
+                    layer = self._reload(layer, case, state, index)
+                self._set_attributes(layer, step.attributes)
+            except Exception as error:
+                answer["steps"].append({"error": self.describe(error)})
+                break
+            facts = self._step(layer, case, state, index, arrays)
+            answer["steps"].append(facts)
+            if "error" in facts and not case.fails(index, self.rank):
+                break
+        return answer, arrays
+
+    def _look(self, layer: Any, case: Case, answer: dict[str, Any], arrays: Arrays) -> None:
+        """Add what the case checks of a new layer."""
         if "signature" in case.checks:
             answer["signature"] = {
                 name: repr(parameter.default)
@@ -200,27 +241,15 @@ class Rank(ABC):
             answer["state_names"] = list(self.state(layer))
         if "initial_values" in case.checks:
             arrays |= {f"initial/{n}": self.array(t) for n, t in self.state(layer).items()}
-        for index, step in enumerate(case.steps):
-            if not step.takes_part(self.rank):
-                answer["steps"].append({})
-                continue
-            if step.reload or step.groups:
-                layer = self._reload(layer, case, index)
-            self._set_attributes(layer, step.attributes)
-            facts = self._step(layer, case, index, arrays)
-            answer["steps"].append(facts)
-            if "error" in facts and not case.fails(index, self.rank):
-                break
-        return answer, arrays
 
     def _group(self, ranks: tuple[int, ...]) -> Any:
         if ranks not in self.groups:
             self.groups[ranks] = self.create_group(ranks)
         return self.groups[ranks]
 
-    def _reload(self, layer: Any, case: Case, index: int) -> Any:
+    def _reload(self, layer: Any, case: Case, state: Arrays | None, index: int) -> Any:
         """A new layer in the process groups of the step, with the checkpoint of the old one."""
-        fresh = self._build(case, index)
+        fresh = self._build(case, state, index)
         self.load_state(fresh, self.state(layer))
         self._set_attributes(fresh, case.attributes_at(index))
         return fresh
@@ -229,7 +258,12 @@ class Rank(ABC):
         for name, value in attributes.items():
             setattr(layer, name, self._literal(name, value))
 
-    def _build(self, case: Case, index: int = 0) -> Any:
+    def _start_state(self, case: Case) -> Arrays | None:
+        """The values that a new layer gets; None if it keeps its own."""
+        own = case.state == "initial" or case.error is not None or case.group_of(self.rank) is None
+        return None if own else data.initial_state(case)
+
+    def _build(self, case: Case, state: Arrays | None, index: int = 0) -> Any:
         arguments = {name: self._literal(name, value) for name, value in case.layer.items()}
         group = case.group_of(self.rank, index)
         if "process_group" not in arguments:
@@ -238,16 +272,15 @@ class Rank(ABC):
         elif not self.rank_ids:
             arguments["process_group"] = self._group(tuple(arguments["process_group"]))
         layer = self.build(arguments)
-        if case.state != "initial" and case.error is None:
-            state = {
-                name: self.tensor(values, case.parameter_dtype)
-                for name, values in data.initial_state(case).items()
-            }
-            if unknown := self.load_state(layer, state):
+        if state is not None:
+            tensors = {name: self.tensor(v, case.parameter_dtype) for name, v in state.items()}
+            if unknown := self.load_state(layer, tensors):
                 raise RuntimeError(f"the layer's state has no {', '.join(unknown)}")
         return layer
 
-    def _step(self, layer: Any, case: Case, index: int, arrays: Arrays) -> dict[str, Any]:
+    def _step(
+        self, layer: Any, case: Case, state: Arrays | None, index: int, arrays: Arrays
+    ) -> dict[str, Any]:
         """Take one step. Adds the arrays that the case checks to `arrays`."""
         step = case.steps[index]
         dtype = step.dtype_of(self.rank)
@@ -256,16 +289,17 @@ class Rank(ABC):
         if step.backward:
             values = data.grad_output(case, index, self.rank)
             dy = self._lay_out(values, dtype, step.dy_layout_of(self.rank))
+        cotangents = self._cotangents(case, index) if step.second else {}
         given = {"input": x} if dy is None else {"input": x, "grad_output": dy}
         untouched = {name: (self.array(t).tobytes(), t._version) for name, t in given.items()}
         facts: dict[str, Any] = {}
         results: dict[str, Any] = {}
         try:
             counting = "collectives" in case.checks
-            parallel = self._build(case, index) if step.beside else None
+            parallel = self._build(case, state, index) if step.beside else None
             module = self.data_parallel(layer) if case.ddp else layer
             if step.second:
-                results = self.take_twice(layer, x, dy, self._cotangents(case, index), step)
+                results = self.take_twice(layer, x, dy, cotangents, step)
             else:
                 for _ in range(step.repeat):
                     taken = self.take(module, parallel, x, dy, step, counting)
@@ -273,27 +307,30 @@ class Rank(ABC):
             if not isinstance(results["y"], self.framework.Tensor):
                 kind = type(results.pop("y")).__name__
                 raise TypeError(f"the layer must return a tensor, got {kind}")
-        except Unsupported:
-            raise
-        except Exception as error:
-            facts["error"] = self.describe(error)
-        else:
             facts["format"] = {
                 "x": self._format(x),
                 "y": self._format(results["y"]),
                 "grad_input": results.pop("grad_input_format", None),
             }
-        facts["modified"] = [
-            name
-            for name, tensor in given.items()
-            if (self.array(tensor).tobytes(), tensor._version) != untouched[name]
-        ]
+        except Unsupported:
+            raise
+        except Exception as error:
+            facts["error"] = self.describe(error)
         if "communicators" in case.checks:
             facts["communicators"] = self.communicators()
-        results |= {name: getattr(layer, name, None) for name in STATISTICS}
-        for name in arrays_of(case.checks):
-            if results.get(name) is not None:
-                arrays[f"{index}/{name}"] = self.array(results[name])
+        facts["modified"] = list(given)  # unless they can be read
+        try:
+            facts["modified"] = [
+                name
+                for name, tensor in given.items()
+                if (self.array(tensor).tobytes(), tensor._version) != untouched[name]
+            ]
+            results |= {name: getattr(layer, name, None) for name in STATISTICS}
+            for name in arrays_of(case.checks):
+                if results.get(name) is not None:
+                    arrays[f"{index}/{name}"] = self.array(results[name])
+        except Exception as error:  # of tensors that hold no values, for example
+            facts.setdefault("error", self.describe(error))
         return facts
 
     def _cotangents(self, case: Case, index: int) -> dict[str, Any]:
@@ -362,3 +399,26 @@ def _permuted(tensor: Any, order: tuple[int, ...]) -> Any:
 def _dtype(tensor: Any) -> str:
     """The name of the dtype, alike for all frameworks: "float32"."""
     return str(tensor.dtype).removeprefix("torch.").lower()
+
+
+def _text(error: Exception) -> str:
+    """The text of an error, which may be of any length, may lack UTF-8, and may itself raise."""
+    try:
+        text = str(error)
+    except Exception:
+        return "its text cannot be read"
+    text = text.encode(errors="backslashreplace").decode()
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    half = _LONGEST_TEXT // 2
+    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"
+
+
+def _check_machine(error: BaseException | None) -> None:
+    """Raise a MachineError if an error, or one that led to it, is the machine's."""
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            raise MachineError(f"the machine failed: {error}") from error
+        chain.append(error)
+        error = error.__cause__ or error.__context__

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from syncbn.conformance import wire
 from syncbn.conformance.case import load
 from syncbn.conformance.frameworks import FRAMEWORKS
-from syncbn.conformance.ranks.base import Rank
+from syncbn.conformance.ranks.base import MachineError, Rank
 from syncbn.extras import require
 
 
@@ -49,8 +49,13 @@ def serve(connection: Connection, rank: int, ranks: int, local_rank: int) -> Non
             else:
                 with np.errstate(all="ignore"):
                     answer, arrays = member.run(load(content["case"]))
+        except MachineError as error:
+            answer = {"failed": str(error)}
         except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+            answer = {"failed": f"{type(error).__name__}: {error} ({_place(error)})"}
+        except BaseException:  # SystemExit ends a rank, and prints nothing by itself
+            traceback.print_exc()
+            raise
         with contextlib.suppress(OSError):
             wire.send(connection, answer | {"epoch": content["epoch"]}, arrays)
 
@@ -63,6 +68,11 @@ def _listen(connection: Connection, jobs: queue.SimpleQueue[wire.Message]) -> No
     os._exit(0)
 
 
+def _place(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno} in {frame.name}"
+
+
 def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Rank:
     framework = FRAMEWORKS[target["framework"]]
     require("the target", framework.name, framework.name)
@@ -73,7 +83,10 @@ def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Ran
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the controller handles Ctrl-C
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # a stack dump, on stderr
+    # Stacks go to a copy of stderr, because a layer may close that.
+    stacks = os.fdopen(os.dup(2), "w")
+    faulthandler.enable(stacks)  # of a signal that ends this process
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     host, port = os.environ["SYNCBN_CONTROLLER"].rsplit(":", 1)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     connection = Client((host, int(port)), authkey=bytes.fromhex(os.environ["SYNCBN_KEY"]))

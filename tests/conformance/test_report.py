@@ -51,6 +51,12 @@ def test_one_bad_case_fails_the_run(name: str, bad: str) -> None:
     assert document["summary"]["cases"][bad] == 1
 
 
+def test_a_run_with_an_error_has_no_verdict() -> None:
+    document = report_of({DOCUMENTED: "fail", DECIDED: "error"}, "documented")
+    assert document["summary"]["verdict"] == "error"
+    assert document["summary"]["cases"]["error"] == 1
+
+
 def test_only_documented_clauses_count_if_that_is_the_level() -> None:
     for name, verdict in ((DECIDED, "pass"), (DOCUMENTED, "fail")):
         assert report_of({name: "fail"}, "documented")["summary"]["verdict"] == verdict

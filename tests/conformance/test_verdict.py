@@ -163,7 +163,6 @@ def wrong_start(answers: list[Message]) -> None:
         (put([2, 1], "steps", 0, "collectives"), "collectives"),
         (put({"types": ["KeyError"], "message": "k"}, "error"), "constructor raised KeyError: k"),
         (put({"types": ["KeyError"], "message": "k"}, "steps", 0, "error"), "raised KeyError: k"),
-        (put("ValueError: v", "failed"), "rank 1: ValueError: v"),
     ],
 )
 def test_every_departure_fails(damage: Any, text: str) -> None:
@@ -212,7 +211,14 @@ def test_a_frozen_gradient_that_is_there_fails() -> None:
     assert "grad_input is present, expected none" in str(found.message)
 
 
-def test_crash_and_hang_come_before_anything_else() -> None:
+def test_a_rank_that_fails_by_itself_is_an_error_even_if_its_peers_hang() -> None:
+    answers: list[Message | None] = [None, Message({"failed": "ValueError: v"}, {})]
+    found = judged(CASE, Outcome(answers, hung=[0], details="d"))
+    assert (found.verdict, found.message) == ("error", "rank 1: ValueError: v")
+    assert judged(CASE, Outcome([None, None], error="e")).verdict == "error"
+
+
+def test_crash_and_hang_come_before_every_answer() -> None:
     answers: list[Message | None] = [None, right_answers()[1]]
     assert judged(CASE, Outcome(answers, crashed=[0], details="d")).verdict == "crash"
     assert judged(CASE, Outcome(answers, hung=[0], details="d")).verdict == "hang"

@@ -26,7 +26,7 @@ from syncbn.conformance.runner import FINDINGS
 from syncbn.reports import ReportError
 
 ROOT = Path(__file__).parents[2]
-VERDICTS = ("pass", "fail", "hang", "crash", "unsupported", "not-run")
+VERDICTS = ("pass", "fail", "hang", "crash", "error", "unsupported", "not-run")
 
 
 def clause(name: str, verdict: str = "pass", **fields: Any) -> dict[str, Any]:
@@ -65,6 +65,9 @@ def report_of(clauses: list[dict[str, Any]], cases: list[dict[str, Any]]) -> dic
         return {verdict: counted[verdict] for verdict in VERDICTS}
 
     required = [one for one in clauses if one["required"]]
+    summary = "pass" if all(one["verdict"] == "pass" for one in required) else "fail"
+    if any(one["verdict"] == "error" for one in cases):
+        summary = "error"
     return {
         "schema": "syncbn-report/1",
         "suite": {"version": "0.1.0", "commit": "8834954c01d2" + "0" * 28, "dirty": True},
@@ -86,8 +89,9 @@ def report_of(clauses: list[dict[str, Any]], cases: list[dict[str, Any]]) -> dic
         "level": "decided",
         "seconds": 74.21,
         "must_pass": {"listed": len(cases), "missing": []},
+        "restarts": [],
         "summary": {
-            "verdict": "pass" if all(one["verdict"] == "pass" for one in required) else "fail",
+            "verdict": summary,
             "required": counts(required),
             "cases": counts(cases),
         },

@@ -1,0 +1,87 @@
+"""A layer that misbehaves on rank 1 in the way that its number of channels chooses."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.torch import SyncBatchNorm
+
+
+def full_disk(_: Tensor) -> None:
+    try:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise RuntimeError("the cache cannot be written") from error
+
+
+def exits(_: Tensor) -> None:
+    sys.exit(7)
+
+
+def exits_at_once(_: Tensor) -> None:
+    os._exit(9)
+
+
+def segfault(_: Tensor) -> None:
+    os.close(2)  # the stack must arrive all the same
+    ctypes.string_at(0)
+
+
+class Wordy(Exception):
+    def __str__(self) -> str:
+        return "w" * 50_000_000
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def wordy(_: Tensor) -> None:
+    raise Wordy
+
+
+def mute(_: Tensor) -> None:
+    raise Mute
+
+
+def surrogates(_: Tensor) -> None:
+    raise ValueError("\ud800 \0")
+
+
+BEFORE: dict[int, Callable[[Tensor], Any]] = {
+    20: full_disk,
+    21: exits,
+    22: exits_at_once,
+    23: segfault,
+}
+AFTER: dict[int, Callable[[Tensor], Any]] = {
+    24: wordy,
+    25: mute,
+    26: surrogates,
+    40: lambda y: y.to("meta"),
+    41: lambda y: y.to_sparse(),
+    42: lambda y: None,
+    43: lambda y: (y, y),
+}
+
+
+class Unruly(SyncBatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        chosen = torch.distributed.is_initialized() and dist.get_rank() == 1
+        if chosen and self.num_features in BEFORE:
+            BEFORE[self.num_features](input)
+        y = super().forward(input)
+        if chosen and self.num_features in AFTER:
+            changed: Tensor = AFTER[self.num_features](y)
+            return changed
+        return y
