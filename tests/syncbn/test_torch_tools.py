@@ -11,6 +11,7 @@ import io
 import itertools
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-defined]
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.ao.quantization import fuse_modules
+from torch.ao.quantization.fuser_method_mappings import fuse_conv_bn_relu
 
-from syncbn.torch import SyncBatchNorm
+from syncbn.torch import SyncBatchNorm, revert_sync_batchnorm
 from tests.syncbn.torch_layers import make_layer, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -80,6 +83,42 @@ class TestEval:
         fused = nn.utils.fuse_conv_bn_eval(model[0], layer)  # type: ignore[index]
         expected = nn.utils.fuse_conv_bn_eval(model[0], batch_norm_of(layer))  # type: ignore[index]
         assert torch.equal(fused(X), expected(X))
+
+    # Their tables name exact classes. docs/convert.md shows both ways.
+    @pytest.mark.parametrize("way", ["revert", "mapping"])
+    def test_fusion_for_quantization(self, layer: SyncBatchNorm, way: str) -> None:
+        model = network(layer)
+        theirs = network(batch_norm_of(layer))
+        expected = fuse_modules(theirs, [["0", "1", "2"]])
+        if way == "revert":
+            model = revert_sync_batchnorm(model, nn.BatchNorm2d)
+            fused = fuse_modules(model, [["0", "1", "2"]])
+        else:
+            mapping = {(nn.Conv2d, SyncBatchNorm, nn.ReLU): fuse_conv_bn_relu}
+            custom = {"additional_fuser_method_mapping": mapping}
+            fused = fuse_modules(model, [["0", "1", "2"]], fuse_custom_config_dict=custom)
+        assert [type(m) for m in fused.modules()] == [type(m) for m in expected.modules()]
+        assert torch.equal(fused(X), expected(X))
+
+    # torch's exporters to ONNX use what torch deprecates.
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+    @pytest.mark.parametrize("frozen", [True, False])
+    @pytest.mark.parametrize("dynamo", [True, False])
+    def test_onnx(self, layer: SyncBatchNorm, dynamo: bool, frozen: bool, tmp_path: Path) -> None:
+        for needed in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(needed, reason=f"{needed} is not installed")
+        import onnxruntime
+
+        model = network(layer.requires_grad_(not frozen))
+        file = str(tmp_path / "network.onnx")
+        names: Any = {"input_names": ["x"], "output_names": ["y"]}
+        if dynamo:
+            names["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+        else:
+            names["dynamic_axes"] = {"x": {0: "batch"}}
+        torch.onnx.export(model, (X,), file, dynamo=dynamo, **names)
+        (y,) = onnxruntime.InferenceSession(file).run(None, {"x": OTHER.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), model(OTHER).detach())
 
     @pytest.mark.parametrize("strict", [True, False])
     @pytest.mark.parametrize("dynamic", [True, False])
