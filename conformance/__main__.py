@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    target = targets.parse(options.target, options.device, options.backend, options.mode)
+    target = _target(options)
     cases = catalogue(options.ranks, options.profile)
     out = options.out or _OUT / target.name.replace(":", "-").replace("/", "-")
     _make_directory(out)
@@ -104,6 +104,17 @@ def _run(options: argparse.Namespace) -> int:
     return _STATUS_OF[document["summary"]["verdict"]]
 
 
+def _target(options: argparse.Namespace) -> targets.Target:
+    return targets.parse(
+        options.target,
+        options.device,
+        options.backend,
+        options.mode,
+        collectives=options.collectives,
+        share_device=options.share_device,
+    )
+
+
 def _output() -> Console:
     """Standard output, wide enough for long messages if it is a pipe or a file."""
     console = Console()
@@ -123,7 +134,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     case = _find(options.case, options.ranks)
-    target = targets.parse(options.target, options.device, options.backend, options.mode)
+    target = _target(options)
     with RankPool(target, case.ranks, options.launcher) as pool:
         pool.start()
         result = runner.run_case(pool, case)
@@ -137,7 +148,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _explore(options: argparse.Namespace) -> int:
-    target = targets.parse(options.target, options.device, options.backend, options.mode)
+    target = _target(options)
     with RankPool(target, options.ranks, options.launcher) as pool:
         pool.start()
 
@@ -276,6 +287,16 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         choices=("cpu", "cuda", "npu"),
         help="where the ranks run (default cpu)",
+    )
+    parser.add_argument(
+        "--share-device",
+        action="store_true",
+        help="let several ranks use one cuda device, if there are more ranks than devices",
+    )
+    parser.add_argument(
+        "--collectives",
+        help="what carries the collectives of a PyTorch target: gloo on cpu, nccl or gloo on cuda, "
+        "hccl on npu (default the first)",
     )
     parser.add_argument("--backend", help="of syncbn.torch and syncbn.mindspore (default auto)")
     parser.add_argument(

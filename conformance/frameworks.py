@@ -45,6 +45,8 @@ class Framework:
     own: its own layer.
     modes: the ways in which it can run a layer, the default first; none if there is only one way.
     environment: variables that a rank sets before it imports the framework, unless they are set.
+    collectives: what can carry the collectives of a device, its own first; empty if there is no
+        choice.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Framework:
     own: OwnLayer
     modes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    collectives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def installed(self) -> bool:
@@ -75,6 +78,7 @@ FRAMEWORKS = {
             "syncbn.conformance.ranks.torch:TorchRank",
             backends.TORCH,
             OwnLayer("torch.nn", "torch.nn", note="refuses CPU tensors"),
+            collectives={"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl",)},
         ),
         Framework(
             "mindspore",

@@ -104,6 +104,8 @@ def _target(target: Target) -> dict[str, Any]:
         "device": target.device,
         "mode": target.mode,
         "rung": target.rung,
+        "collectives": target.collectives,
+        "share_device": target.share_device,
     }
 
 

@@ -11,6 +11,9 @@ from syncbn.conformance.frameworks import FRAMEWORKS, Framework
 
 ORACLE = "mindspore.mint"
 
+# The devices that several ranks can share.
+_SHARED = ("cuda",)
+
 MODES = tuple(mode for framework in FRAMEWORKS.values() for mode in framework.modes)
 
 
@@ -33,6 +36,8 @@ class Target:
         for Ascend: "substituted", "interpreted", "twin"; see syncbn.backends.BackendInfo.
     rank_ids: whether process_group may be a list of rank ids, which the documented ERR-5 needs.
     float64: whether the device and the layer's kernels have float64.
+    collectives: what carries the collectives; None for the device's own.
+    share_device: whether several ranks may use one accelerator.
     """
 
     name: str
@@ -45,6 +50,8 @@ class Target:
     rung: str = "device"
     rank_ids: bool = False
     float64: bool = True
+    collectives: str | None = None
+    share_device: bool = False
 
     @property
     def document(self) -> dict[str, Any]:
@@ -52,7 +59,13 @@ class Target:
 
 
 def parse(
-    name: str, device: str = "cpu", backend: str | None = None, mode: str | None = None
+    name: str,
+    device: str = "cpu",
+    backend: str | None = None,
+    mode: str | None = None,
+    *,
+    collectives: str | None = None,
+    share_device: bool = False,
 ) -> Target:
     """The target of a name.
 
@@ -61,9 +74,11 @@ def parse(
         device: cpu, cuda or npu.
         backend: of our own layer; None is "auto".
         mode: one of the framework's modes; None is its first.
+        collectives: one of the framework's for the device; None is its own.
+        share_device: whether several ranks may use one accelerator.
 
     Raises:
-        TargetError: there is no target of that name, or it has no such backend or mode.
+        TargetError: there is no target of that name, or it cannot run like that.
     """
     framework, module, cls = _resolve(name)
     ours, own = name == f"syncbn.{framework.name}", name == framework.own.name
@@ -80,6 +95,7 @@ def parse(
         known = ", ".join(m for m in framework.modes if m not in framework.own.fails_on_cpu)
         reason = framework.own.fails_on_cpu[mode]
         raise TargetError(f"mode must be {known} for target {name} on cpu, got {mode!r}: {reason}")
+    _check_collectives(framework, name, device, collectives, share_device)
     rung, float64 = "device", device != "npu"
     if own and device == "cpu":
         rung = framework.own.on_cpu
@@ -99,6 +115,8 @@ def parse(
         rung,
         rank_ids=ours,
         float64=float64,
+        collectives=collectives,
+        share_device=share_device,
     )
 
 
@@ -155,6 +173,22 @@ def _resolve(name: str) -> tuple[Framework, str, str]:
     if given not in FRAMEWORKS or not module or not cls:
         raise TargetError(f"target must be one of {', '.join(descriptions())}, got {name!r}")
     return FRAMEWORKS[given], module, cls
+
+
+def _check_collectives(
+    framework: Framework, name: str, device: str, collectives: str | None, share_device: bool
+) -> None:
+    """Raise TargetError unless the device has these collectives, and ranks that can share it."""
+    known = framework.collectives.get(device, ())
+    if collectives is not None and collectives not in known:
+        offered = f"one of {', '.join(known)}" if known else "left out"
+        raise TargetError(
+            f"collectives must be {offered} for target {name} on {device}, got {collectives!r}"
+        )
+    if share_device and device not in _SHARED:
+        raise TargetError(
+            f"share-device must be left out on {device}: it lets ranks share {', '.join(_SHARED)}"
+        )
 
 
 def _backend(framework: Framework, name: str, device: str) -> backends.BackendInfo:

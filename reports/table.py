@@ -222,6 +222,10 @@ def replay_command(report: Report, case: Any) -> str:
     for option, default in (("device", "cpu"), ("backend", "auto"), ("mode", "pynative")):
         if target[option] not in (None, default):
             command += [f"--{option}", target[option]]
+    if target.get("collectives"):
+        command += ["--collectives", target["collectives"]]
+    if target.get("share_device"):
+        command.append("--share-device")
     if report["launcher"] != "local":
         command += ["--launcher", report["launcher"]]
     return shlex.join([*command, "--ranks", str(report["ranks"])])

@@ -22,14 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from syncbn.conformance.case import Case, Step
+from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.ranks.base import Rank
 from syncbn.conformance.ranks.substitutes import torch as substitutes
 
 T = TypeVar("T")
 
 _RANK_IDS = "the target takes a ProcessGroup, and torch checks the rank ids of that"
-
-_COLLECTIVES = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
 class TorchRank(Rank):
@@ -39,7 +38,12 @@ class TorchRank(Rank):
 
     def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
         torch.set_num_threads(1)
-        self.device = _device(target["device"], local_rank)
+        self.device = _device(target["device"], ranks, local_rank, target["share_device"])
+        of_device = FRAMEWORKS["torch"].collectives[self.device.type]
+        self.collectives = target["collectives"] or of_device[0]
+        if target["share_device"] and self.collectives == "nccl":
+            # NCCL refuses two ranks on one device of one host, so each rank is a host of its own.
+            os.environ["NCCL_HOSTID"] = f"syncbn-rank-{rank}"
         if target["rung"] == "interpreted":
             os.environ["TRITON_INTERPRET"] = "1"
         if target["rung"] == "substituted":
@@ -51,7 +55,10 @@ class TorchRank(Rank):
         self.worlds = 0
 
     def versions(self) -> dict[str, str]:
-        versions = {"torch": torch.__version__, "collectives": _COLLECTIVES[self.device.type]}
+        versions = {"torch": torch.__version__, "collectives": self.collectives}
+        if self.device.type == "cuda":
+            versions["device"] = torch.cuda.get_device_name(self.device)
+            versions["cuda"] = str(torch.version.cuda)
         if self.device.type == "npu":
             versions["torch_npu"] = sys.modules["torch_npu"].__version__
         return versions
@@ -70,8 +77,9 @@ class TorchRank(Rank):
             self.store = TCPStore("127.0.0.1", port, self.ranks, False)
         self.worlds += 1
         store = PrefixStore(f"world {self.worlds}", self.store)
-        backend = _COLLECTIVES[self.device.type]
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.ranks)
+        dist.init_process_group(
+            self.collectives, store=store, rank=self.rank, world_size=self.ranks
+        )
 
     def build(self, arguments: dict[str, Any]) -> nn.Module:
         layer: nn.Module = self.cls(**arguments).to(self.device)
@@ -206,9 +214,10 @@ def _lose(tensor: Tensor) -> Tensor:
     raise RuntimeError("a tensor that was saved for the backward is lost")
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    if name not in _COLLECTIVES:
-        raise ValueError(f"device must be one of {', '.join(_COLLECTIVES)}, got {name!r}")
+def _device(name: str, ranks: int, local_rank: int, share: bool) -> torch.device:
+    known = FRAMEWORKS["torch"].collectives
+    if name not in known:
+        raise ValueError(f"device must be one of {', '.join(known)}, got {name!r}")
     if name == "npu":
         importlib.import_module("torch_npu")
     if name == "cpu":
@@ -216,7 +225,13 @@ def _device(name: str, local_rank: int) -> torch.device:
     module = getattr(torch, name)
     if not module.is_available():
         raise RuntimeError(f"there is no device {name}: torch {torch.__version__} finds none")
-    device = torch.device(name, local_rank % module.device_count())
+    count = module.device_count()
+    if local_rank >= count and not share:
+        raise RuntimeError(
+            f"ranks must be at most {count}, the number of {name} devices, got {ranks}: start "
+            "fewer ranks, or on cuda add --share-device"
+        )
+    device = torch.device(name, local_rank % count)
     module.set_device(device)
     return device
 

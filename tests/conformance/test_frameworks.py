@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from typing import Any
 
 import pytest
 
@@ -62,3 +64,28 @@ def test_no_name_is_that_of_two_targets() -> None:
     assert len(names) == 3 * len(FRAMEWORKS)
     with pytest.raises(TargetError, match=r"target must be one of syncbn\.torch, "):
         targets.parse("syncbn.jax")
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "message"),
+    [
+        ("cpu", {"collectives": "nccl"}, "collectives must be one of gloo for target syncbn.torch"),
+        ("cuda", {"collectives": "mpi"}, "collectives must be one of nccl, gloo for target"),
+        ("cpu", {"share_device": True}, "share-device must be left out on cpu"),
+    ],
+)
+def test_collectives_and_sharing_fit_the_device(
+    device: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TargetError, match=re.escape(message)):
+        targets.parse("syncbn.torch", device, **arguments)
+
+
+def test_ranks_can_share_a_cuda_device_by_either_transport() -> None:
+    target = targets.parse("syncbn.torch", "cuda", collectives="gloo", share_device=True)
+    assert (target.collectives, target.share_device) == ("gloo", True)
+
+
+def test_a_framework_without_a_choice_of_collectives_takes_none() -> None:
+    with pytest.raises(TargetError, match=r"collectives must be left out for target syncbn\.minds"):
+        targets.parse("syncbn.mindspore", collectives="gloo")

@@ -73,7 +73,7 @@ class TestTargets:
         ],
     )
     def test_mode_and_rung(
-        self, name: str, options: dict[str, str], mode: str | None, rung: str
+        self, name: str, options: dict[str, Any], mode: str | None, rung: str
     ) -> None:
         target = targets.parse(name, **options)
         assert (target.mode, target.rung) == (mode, rung)
@@ -102,7 +102,7 @@ class TestTargets:
             (f"{PLANTED}:Local", {"device": "cuda"}, "device must be one of cpu, npu"),
         ],
     )
-    def test_that_cannot_be_used(self, target: str, options: dict[str, str], text: str) -> None:
+    def test_that_cannot_be_used(self, target: str, options: dict[str, Any], text: str) -> None:
         with pytest.raises(TargetError, match="cannot be used") as caught:
             RankPool(targets.parse(target, **options), 1).start()
         assert text in str(caught.value)
