@@ -13,6 +13,9 @@ from torch.utils.hooks import unserializable_hook
 
 from syncbn.torch import layout
 
+# What cuDNN takes.
+_MOST_DIMENSIONS = 5
+
 
 def evaluate(
     x: Tensor,
@@ -23,20 +26,36 @@ def evaluate(
     eps: float,
 ) -> Tensor:
     """(x - running_mean) / sqrt(running_var + eps) * weight + bias, in the memory order of x."""
-    if x.dtype in (torch.float16, torch.bfloat16):
+    dtype = x.dtype
+    if dtype in (torch.float16, torch.bfloat16):
         # With vectors of the same half type, some kernels compute in it.
         running_mean, running_var = running_mean.float(), running_var.float()
         weight, bias = (None if v is None else v.float() for v in (weight, bias))
+        if x.is_cuda and torch.is_grad_enabled() and weight is not None and weight.requires_grad:
+            # CUDA's kernel rounds partial sums of the gradients of weight and bias to x's type.
+            x = x.float()
     if torch.is_grad_enabled() and not is_tracing():
         # A training step may move the buffers before the backward.
         running_mean, running_var = running_mean.clone(), running_var.clone()
 
     def normalize(values: Tensor) -> Tensor:
-        y = torch.nn.functional.batch_norm(values, running_mean, running_var, weight, bias, eps=eps)
+        # Not torch.nn.functional.batch_norm, which refuses an eps of 0 in some versions.
+        y = torch.batch_norm(
+            values,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            False,
+            0.0,
+            eps,
+            torch.backends.cudnn.enabled,
+        )
+        y = y if y.dtype == dtype else y.to(dtype)
         _lay_out_gradient(y)
         return y
 
-    if x.is_contiguous():
+    if x.is_contiguous() and x.dim() <= _MOST_DIMENSIONS:
         return normalize(x)
     channels_last = layout.is_channels_last(x)
     rows = layout.to_rows(x, channels_last)

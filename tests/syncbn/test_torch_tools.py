@@ -22,6 +22,7 @@ from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-d
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.quantization import fuse_modules
 from torch.ao.quantization.fuser_method_mappings import fuse_conv_bn_relu
+from torch.overrides import TorchFunctionMode
 
 from syncbn.torch import SyncBatchNorm, revert_sync_batchnorm
 from tests.syncbn.torch_layers import make_layer, randn
@@ -400,3 +401,51 @@ def _penalty_gradients(norm: nn.Module) -> list[Any]:
     (dx,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     parameters = [*model.parameters()]
     return list(torch.autograd.grad(dx.square().sum(), parameters, allow_unused=True))
+
+
+class TestEvalOfOtherDevicesAndVersions:
+    """What PyTorch's batch norm does not take, or does wrong, on a device or in a version."""
+
+    def test_an_eps_of_0_does_not_reach_the_function_that_refuses_it(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any, eps: float, **__: Any) -> Any:  # as PyTorch 2.11 does
+            raise ValueError(f"batch_norm eps must be positive, but got {eps}")
+
+        monkeypatch.setattr(torch.nn.functional, "batch_norm", refuse)
+        make_layer(eps=0.0).eval()(X)
+
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4, 5, 2), (2, 3, 2, 2, 2, 2)], ids=str)
+    def test_at_most_5_dimensions_reach_the_kernel(
+        self, layer: SyncBatchNorm, shape: tuple[int, ...]
+    ) -> None:
+        with BatchNormCalls() as calls:
+            assert layer(randn(*shape)).shape == shape
+        assert [values.dim() <= 5 for values in calls.inputs] == [True]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_cuda_adds_up_the_gradients_of_halves_in_float32(
+        self, dtype: torch.dtype, frozen: bool
+    ) -> None:
+        with FakeTensorMode(), BatchNormCalls() as calls:
+            layer = SyncBatchNorm(3, device="cuda").eval().requires_grad_(not frozen)
+            y = layer(torch.empty(4, 3, 5, dtype=dtype, device="cuda"))
+        assert y.dtype == dtype
+        expected = dtype if frozen else torch.float32
+        assert [values.dtype for values in calls.inputs] == [expected]
+
+
+class BatchNormCalls(TorchFunctionMode):
+    """Notes the inputs of PyTorch's batch norm, and answers for CUDA's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.batch_norm:
+            self.inputs.append(args[0])
+            if args[0].is_cuda:
+                return torch.empty_like(args[0])
+        return func(*args, **(kwargs or {}))
