@@ -216,7 +216,10 @@ class Calls(TorchDispatchMode):
 
 
 class TestCuda:
-    """What CUDA's kernels would get: tensors of the dtypes they want, x and dy as they are."""
+    """What CUDA's kernels would get: tensors of the dtypes they want.
+
+    x and dy are as they are, except where the kernel would add up images of halves in halves.
+    """
 
     @pytest.mark.parametrize(
         ("dtype", "parameters"),
@@ -240,6 +243,9 @@ class TestCuda:
             aten.stats(x)
             aten.normalize(x, of_group, of_group, weight, weight)
             aten.reduce_grad(x, x, of_group)
+            images = calls.noted.pop("batch_norm_backward_reduce")
+            matrix = torch.empty(8, 3, 1, dtype=dtype, device="cuda")
+            aten.reduce_grad(matrix, matrix, of_group)
             aten.input_grad(x, x, of_group, of_group, weight, of_group, of_group, n)
         assert calls.noted == {
             "batch_norm_update_stats": [dtype, None, None, 0.0],
@@ -247,6 +253,7 @@ class TestCuda:
             "batch_norm_backward_reduce": [dtype, dtype, wide, wide, None, True, False, False],
             "batch_norm_backward_elemt": [dtype, dtype, *[wide] * 5, torch.int32],
         }
+        assert images[:2] == [wide, wide]
         assert "sub" not in calls.others
 
 

@@ -16,7 +16,9 @@ raise is kept from the user:
   parameters and statistics of one dtype: all are float32 there, also with halves.
 - aclnn's batch_norm_backward_reduce is sum(dy x) - mean sum(dy), where a large mean drowns the
   result: there it gets x - mean, in float32, and a mean of 0. CUDA's kernel subtracts the mean
-  from each value, and gets x as it is.
+  from each value. It gets x as it is, except images of halves, which are copied to float32:
+  for them it rounds its partial sums to the half type (PyTorch 2.11, on an H100: 100 times the
+  bound of 20 values, and -inf where the sum of dy exceeds 65504).
 - batch_norm_backward_elemt takes int32 counts on CUDA, which end at 2^31: it gets means for its
   sums, and a count of 1.
 
@@ -70,6 +72,8 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     if not x.is_cuda:
         x, dy = x.float() - mean.view(1, -1, 1), dy.float()
         mean = torch.zeros_like(mean)
+    elif x.shape[2] > 1:
+        x, dy = (t.to(mean.dtype) for t in (x, dy))
     sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
         dy, x, mean, ones, None, True, False, False
     )
