@@ -299,9 +299,15 @@ SHAPES = [
 
 
 class TestComposed:
+    @pytest.fixture(autouse=True, params=["native kernels", "formulas"])
+    def _ways(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With the kernels of the CPU, and as on devices that are not a CPU."""
+        if request.param == "formulas":
+            monkeypatch.setattr(composed, "_has_native_kernels", lambda x: False)
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_leaf_operations(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def test_five_operations(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.check(1 + 2 * randn(*shape), randn(*shape, seed=1), dtype)
 
     @pytest.mark.parametrize("shape", [(100_000, 3, 1), (129, 3, 500), (7, 3, 20_000)], ids=str)

@@ -1,10 +1,14 @@
-"""The five operations, composed of ATen's native batch-norm kernels; shown on CPU.
+"""The five operations, composed of ATen's operations, on any device.
 
-Used as they are, the CPU kernels lose accuracy: on channels-last input they add up float32 values
-one after the other, so that 1e5 values of mean/std 1e4 leave no digit of the variance. Here a
-reduction in the type of its input only sees columns of at most `_BLOCK` values, which are merged in
-float64; the others add up in float64 from the start, and so do columns whose squares overflow
-float32, where the host may look.
+On CPU they are ATen's native batch-norm kernels. Used as they are, those lose accuracy: on
+channels-last input they add up float32 values one after the other, so that 1e5 values of mean/std
+1e4 leave no digit of the variance. Here a reduction in the type of its input only sees columns of
+at most `_BLOCK` values, which are merged in float64; the others add up in float64 from the start,
+and so do columns whose squares overflow float32, where the host may look.
+
+The native kernels of other devices have other limits and leave out other results. There each
+operation is its formula, in the dtype of the statistics: right on every device, but slow, because
+it copies x into that dtype.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ _FEW = 8  # with fewer rows, columns are too short to pay for their merge
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    if not _has_native_kernels(x):
+        return _formula_stats(x)
     x = _as_rows(x)
     # The kernel adds up squares, which may overflow float32 where their mean does not.
     if x.shape[0] < _FEW:
@@ -60,11 +66,17 @@ def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     scale = invstd if weight is None else invstd * weight
+    if not _has_native_kernels(x):
+        y = _centered(x, mean) * _per_channel(scale)
+        return (y if bias is None else y + _per_channel(bias)).to(x.dtype)
     shift = -mean * scale if bias is None else bias - mean * scale
     return _affine(x, scale, shift)
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    if not _has_native_kernels(x):
+        dy = dy.to(mean.dtype)
+        return dy.sum((0, 2)), (dy * _centered(x, mean)).sum((0, 2))
     mean = mean.to(_accumulating(x))
     dy, x = _as_rows(dy), _as_rows(x)
     if x.shape[2] >= _LARGE:
@@ -91,6 +103,10 @@ def input_grad(
 ) -> Tensor:
     scale = invstd if weight is None else invstd * weight
     slope = invstd.square() * sum_dy_xmu / n
+    if not _has_native_kernels(x):
+        dx = dy.to(mean.dtype) - _per_channel(sum_dy / n)
+        dx -= _centered(x, mean) * _per_channel(slope)
+        return (dx * _per_channel(scale)).to(dy.dtype)
     # In float32 also for halves, which are rounded once. The scale comes last: scale * slope, as
     # a coefficient of x, underflows where x is large.
     dx = _affine(x.to(_accumulating(x)), -slope, mean * slope - sum_dy / n)
@@ -99,6 +115,27 @@ def input_grad(
     for part, dy_part in zip(dx.split(rows), dy.split(rows), strict=True):
         part.add_(dy_part).mul_(scale)
     return dx.to(dy.dtype)
+
+
+def _has_native_kernels(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _formula_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, the latter of the differences from the former."""
+    x = x.to(statistics_dtype(x.device))
+    mean = x.mean((0, 2))
+    error = _centered(x, mean).mean((0, 2))  # what rounding left in the mean
+    mean = mean + error.where(error.isfinite(), 0)
+    return mean, _centered(x, mean).square().mean((0, 2))
+
+
+def _centered(x: Tensor, mean: Tensor) -> Tensor:
+    return x.to(mean.dtype) - _per_channel(mean)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1)
 
 
 def _accumulating(x: Tensor) -> torch.dtype:
