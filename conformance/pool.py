@@ -1,34 +1,31 @@
 """A pool of rank processes that outlive their cases, driven by one controller.
 
-Ranks connect to the controller over loop-back, and both sides authenticate with a random key. Every
-message carries an epoch; an answer to an older epoch is dropped. A rank that dies, that exceeds the
-deadline, or that does not answer after a peer failed costs one case: the controller dumps the
-stacks, kills all ranks, and starts new ones for the next case. If every rank survives an error, the
-ranks stay and form a new world, because a process group is not reliable after an error.
+Ranks connect to the controller over loop-back (syncbn.conformance.handshake). Every message carries
+an epoch; an answer to an older epoch is dropped. A rank that dies, that sends what is no message,
+that exceeds the deadline, or that does not answer after a peer failed costs one case: the
+controller dumps the stacks, kills all ranks, and starts new ones for the next case. If every rank
+survives an error, the ranks stay and form a new world, because a process group is not reliable
+after an error.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import queue
 import secrets
+import selectors
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import syncbn
-from syncbn.conformance import wire
 from syncbn.conformance.case import Case
+from syncbn.conformance.handshake import Reception
 from syncbn.conformance.targets import Target, TargetError
-from syncbn.conformance.wire import Message
+from syncbn.conformance.wire import Channel, Message, WireError
 from syncbn.launchers import LAUNCHERS, Job
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
@@ -36,6 +33,8 @@ _JOIN_SECONDS = 20.0  # in which ranks that have all loaded form a new world
 _GRACE_SECONDS = 5.0  # in which the peers of a rank that failed must fail as well
 _PATIENCE = 10.0  # factor of all times if ranks compile every step, or interpret their kernels
 _MAX_FAILED_STARTS = 2  # in a row; after that every case is an error at once
+_SEND_SECONDS = 5.0  # in which a rank must take a message
+_PAUSE_SECONDS = 0.5  # between looks at the processes
 _END_SECONDS = 2.0  # between the end of a connection and that of its process
 _STACK_SECONDS = 0.3  # in which a signal handler writes
 
@@ -98,7 +97,7 @@ class RankPool:
         self._failed_starts = 0  # in a row
         self._epoch = 0
         self._job: Job | None = None
-        self._connections: list[Connection] = []
+        self._channels: list[Channel] = []
         self._must_rejoin = False
 
     def __enter__(self) -> RankPool:
@@ -129,13 +128,12 @@ class RankPool:
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
         }
-        with Listener(("127.0.0.1", 0), backlog=self.ranks, authkey=key) as listener:
-            host, port = cast("tuple[str, int]", listener.address)
-            environment["SYNCBN_CONTROLLER"] = f"{host}:{port}"
+        with Reception(self.ranks, key) as reception:
+            environment["SYNCBN_CONTROLLER"] = reception.address
             command = [sys.executable, "-m", "syncbn.conformance.ranks.worker"]
             self._job = LAUNCHERS[self.launcher](command, self.ranks, environment)
             try:
-                self._connections = self._accept(listener)
+                self._channels = self._receive_ranks(reception)
                 loaded = self._all({"do": "load", "target": self.target.document}, _START_SECONDS)
                 self.versions = loaded[0].content["versions"]
                 self._join(_START_SECONDS)
@@ -145,9 +143,9 @@ class RankPool:
 
     def stop(self) -> None:
         """End all ranks. The pool starts again with the next case."""
-        for connection in self._connections:
-            connection.close()
-        self._connections = []
+        for channel in self._channels:
+            channel.close()
+        self._channels = []
         self._must_rejoin = False
         if self._job is not None:
             self._job.stop()
@@ -193,37 +191,20 @@ class RankPool:
     def _record(self, case: Case, reason: str, began: float) -> None:
         self.restarts.append(Restart(case.id, reason, time.monotonic() - began))
 
-    def _accept(self, listener: Listener) -> list[Connection]:
-        """One connection for each rank, in rank order; they may connect in any order."""
-        assert self._job is not None
-        connected: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+    def _receive_ranks(self, reception: Reception) -> list[Channel]:
+        """One channel for each rank, in rank order; they may connect in any order."""
 
-        def accept() -> None:
-            # Accept exactly one connection for each rank, because closing a listener does not
-            # interrupt a pending accept().
-            missing = self.ranks
-            with contextlib.suppress(OSError):  # the listener was closed
-                while missing:
-                    with contextlib.suppress(AuthenticationError):  # not one of our ranks
-                        connected.put(listener.accept())
-                        missing -= 1
+        def look(missing: set[int]) -> None:
+            assert self._job is not None
+            if lost := sorted(missing & set(self._job.ended())):
+                raise StartError(self._lost(lost, "died at its start"))
 
-        # In a thread, because accept() would wait forever for a rank that dies before it connects.
-        threading.Thread(target=accept, name="accept", daemon=True).start()
-        by_rank: dict[int, Connection] = {}
-        end = time.monotonic() + _START_SECONDS
-        while len(by_rank) < self.ranks:
-            try:
-                connection = connected.get(timeout=0.2)
-            except queue.Empty:
-                missing = set(range(self.ranks)) - set(by_rank)
-                if lost := sorted(missing & set(self._job.ended())):
-                    raise StartError(self._lost(lost, "died at its start")) from None
-                if time.monotonic() > end:
-                    raise StartError(self._lost(sorted(missing), "did not start")) from None
-            else:
-                by_rank[wire.receive(connection).content["rank"]] = connection
-        return [by_rank[rank] for rank in range(self.ranks)]
+        channels = reception.gather(_START_SECONDS, look)
+        if missing := sorted(set(range(self.ranks)) - set(channels)):
+            for channel in channels.values():
+                channel.close()
+            raise StartError(self._lost(missing, "did not start"))
+        return [channels[rank] for rank in range(self.ranks)]
 
     def _join(self, deadline: float) -> None:
         """Let the ranks form a new world."""
@@ -257,43 +238,76 @@ class RankPool:
         self._epoch += 1
         receivers = range(self.ranks) if only is None else only
         answers: list[Message | None] = [None] * self.ranks
-        waiting = {rank: self._connections[rank] for rank in receivers}
-        crashed: list[int] = []
-        for rank, connection in list(waiting.items()):
+        waiting = {rank: self._channels[rank] for rank in receivers}
+        crashed: dict[int, str] = {}  # by rank, what it sent if that was no message
+        stuck: list[int] = []  # the ranks that do not take a message
+        for rank, channel in list(waiting.items()):
             try:
-                wire.send(connection, content | {"epoch": self._epoch})
+                channel.send(content | {"epoch": self._epoch}, seconds=_SEND_SECONDS)
+            except TimeoutError:
+                stuck.append(rank)
+                del waiting[rank]
             except OSError:
-                crashed.append(rank)
+                crashed[rank] = ""
                 del waiting[rank]
         grace = _GRACE_SECONDS * patience
-        end = time.monotonic() + (grace if crashed else deadline * patience)
-        while waiting and (left := end - time.monotonic()) > 0:
-            ready = wait(list(waiting.values()), left)
-            for rank in [rank for rank, c in waiting.items() if c in ready]:
-                try:
-                    answer = wire.receive(waiting[rank])
-                except (EOFError, OSError):
-                    crashed.append(rank)
-                    del waiting[rank]
-                    end = min(end, time.monotonic() + grace)
-                    continue
-                if answer.content["epoch"] != self._epoch:
-                    continue
-                answers[rank] = answer
-                del waiting[rank]
-                if went_wrong(answer):
-                    end = min(end, time.monotonic() + grace)
-        hung = sorted(waiting)
+        end = time.monotonic() + (grace if crashed or stuck else deadline * patience)
+        with selectors.DefaultSelector() as selector:
+            for rank, channel in waiting.items():
+                selector.register(channel, selectors.EVENT_READ, rank)
+            while waiting and (left := end - time.monotonic()) > 0:
+                ready = [key.data for key, _ in selector.select(min(left, _PAUSE_SECONDS))]
+                for rank in ready or self._ended_of(waiting):
+                    try:
+                        answer = self._answer(waiting[rank], dead=not ready)
+                    except (EOFError, OSError, WireError) as error:
+                        crashed[rank] = str(error) if isinstance(error, WireError) else ""
+                        end = min(end, time.monotonic() + grace)
+                    else:
+                        if answer is None:
+                            continue
+                        answers[rank] = answer
+                        if went_wrong(answer):
+                            end = min(end, time.monotonic() + grace)
+                    selector.unregister(waiting.pop(rank))
+        hung = sorted([*waiting, *stuck])
         return Outcome(answers, sorted(crashed), hung, self._explain(crashed, hung, answers))
 
-    def _explain(self, crashed: list[int], hung: list[int], answers: list[Message | None]) -> str:
+    def _ended_of(self, waiting: dict[int, Channel]) -> list[int]:
+        """The ranks that have ended. Their connections stay open in children that they forked."""
+        assert self._job is not None
+        return sorted(set(waiting) & set(self._job.ended()))
+
+    def _answer(self, channel: Channel, dead: bool) -> Message | None:
+        """The answer to the current message; None if it has not arrived yet.
+
+        Raises:
+            WireError: what arrived is no answer.
+            EOFError, OSError: the rank is gone.
+        """
+        while (message := channel.arrived()) is not None:
+            epoch = message.content.get("epoch")
+            if epoch == self._epoch:
+                return message
+            if type(epoch) is not int or epoch > self._epoch:
+                raise WireError(f"an answer must have the epoch {self._epoch}, got {epoch!r}"[:200])
+        if dead:
+            raise EOFError("the process has ended")
+        return None
+
+    def _explain(
+        self, crashed: dict[int, str], hung: list[int], answers: list[Message | None]
+    ) -> str:
         if not crashed and not hung:
             return ""
         assert self._job is not None
         if hung:
             self._job.dump_stacks()
             time.sleep(_STACK_SECONDS)
-        parts = [self._lost([rank], "died") for rank in sorted(crashed)]
+        parts = [
+            f"rank {rank} sent what is no message: {sent}" if sent else self._lost([rank], "died")
+            for rank, sent in sorted(crashed.items())
+        ]
         parts += [self._lost([rank], "did not answer in time") for rank in hung]
         for rank, answer in enumerate(answers):
             for error in _errors(answer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 _RANK_IDS = "the target takes a ProcessGroup, and torch checks the rank ids of that"
 
+_LOOP_BACK = "127.0.0.1"
+
 
 class TorchRank(Rank):
     """A process of torch.distributed; it forms a new world for each `join`."""
@@ -44,6 +47,8 @@ class TorchRank(Rank):
         if target["share_device"] and self.collectives == "nccl":
             # NCCL refuses two ranks on one device of one host, so each rank is a host of its own.
             os.environ["NCCL_HOSTID"] = f"syncbn-rank-{rank}"
+        # Otherwise gloo listens on the address that the name of the machine has.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])
         if target["rung"] == "interpreted":
             os.environ["TRITON_INTERPRET"] = "1"
         if target["rung"] == "substituted":
@@ -65,7 +70,17 @@ class TorchRank(Rank):
 
     def host(self) -> int:
         if self.store is None:
-            self.store = TCPStore("127.0.0.1", 0, self.ranks, True, wait_for_workers=False)
+            # By itself the store listens on every address of the machine, and takes any writer.
+            with socket.create_server((_LOOP_BACK, 0), backlog=self.ranks) as listener:
+                port = listener.getsockname()[1]
+                self.store = TCPStore(
+                    _LOOP_BACK,
+                    port,
+                    self.ranks,
+                    True,
+                    wait_for_workers=False,
+                    master_listen_fd=os.dup(listener.fileno()),
+                )
         return self.store.port
 
     def join(self, port: int) -> None:
@@ -74,7 +89,7 @@ class TorchRank(Rank):
         self.groups = {}
         # One store for all worlds: every sixth client of a second store waits for 5 s.
         if self.store is None:
-            self.store = TCPStore("127.0.0.1", port, self.ranks, False)
+            self.store = TCPStore(_LOOP_BACK, port, self.ranks, False)
         self.worlds += 1
         store = PrefixStore(f"world {self.worlds}", self.store)
         dist.init_process_group(

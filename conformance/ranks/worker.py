@@ -13,23 +13,24 @@ import queue
 import signal
 import threading
 import traceback
-from multiprocessing.connection import Client, Connection
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from syncbn.conformance import wire
 from syncbn.conformance.case import load
 from syncbn.conformance.frameworks import FRAMEWORKS
+from syncbn.conformance.handshake import connect
 from syncbn.conformance.ranks.base import MachineError, Rank
+from syncbn.conformance.wire import Channel, Message
 from syncbn.extras import require
 
 
-def serve(connection: Connection, rank: int, ranks: int, local_rank: int) -> None:
+def serve(channel: Channel, rank: int, ranks: int, local_rank: int) -> None:
     """Answer the controller's messages; see syncbn.conformance.pool for the protocol."""
-    jobs: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, jobs), daemon=True).start()
+    jobs: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, jobs), daemon=True).start()
+    pid = os.getpid()
     member: Rank | None = None
     while True:
         content = jobs.get().content
@@ -56,15 +57,17 @@ def serve(connection: Connection, rank: int, ranks: int, local_rank: int) -> Non
         except BaseException:  # SystemExit ends a rank, and prints nothing by itself
             traceback.print_exc()
             raise
+        if os.getpid() != pid:  # a layer has forked, and this is the child
+            os._exit(0)
         with contextlib.suppress(OSError):
-            wire.send(connection, answer | {"epoch": content["epoch"]}, arrays)
+            channel.send(answer | {"epoch": content["epoch"]}, arrays)
 
 
-def _listen(connection: Connection, jobs: queue.SimpleQueue[wire.Message]) -> None:
+def _listen(channel: Channel, jobs: queue.SimpleQueue[Message]) -> None:
     """Queue the messages of the controller. When it is gone, end this process at once."""
     with contextlib.suppress(EOFError, OSError):
         while True:
-            jobs.put(wire.receive(connection))
+            jobs.put(channel.receive())
     os._exit(0)
 
 
@@ -87,11 +90,10 @@ def main() -> None:
     stacks = os.fdopen(os.dup(2), "w")
     faulthandler.enable(stacks)  # of a signal that ends this process
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
-    host, port = os.environ["SYNCBN_CONTROLLER"].rsplit(":", 1)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    connection = Client((host, int(port)), authkey=bytes.fromhex(os.environ["SYNCBN_KEY"]))
-    wire.send(connection, {"rank": rank, "pid": os.getpid()})
-    serve(connection, rank, ranks, int(os.environ["LOCAL_RANK"]))
+    key = bytes.fromhex(os.environ.pop("SYNCBN_KEY"))  # not for the processes that a layer starts
+    channel = connect(os.environ["SYNCBN_CONTROLLER"], key, rank)
+    serve(channel, rank, ranks, int(os.environ["LOCAL_RANK"]))
 
 
 if __name__ == "__main__":

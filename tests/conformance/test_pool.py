@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import cast
 
 import pytest
 
-from syncbn.conformance import runner, targets, wire
+from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
@@ -63,15 +62,6 @@ def test_a_bad_case_costs_one_case() -> None:
     assert not any(alive(pid) for pid in left)
 
 
-def test_no_thread_waits_at_a_closed_listener() -> None:
-    """A signal would make such a thread accept the ranks of the next listener, with an old key."""
-    before = set(threading.enumerate())
-    with RankPool(targets.parse(f"{PLANTED}:FailsByChannels"), 2) as pool:
-        pool.start()
-        after = set(threading.enumerate()) - before
-    assert "accept" not in {thread.name for thread in after}
-
-
 @pytest.mark.parametrize(("rung", "verdict"), [("device", "hang"), ("interpreted", "pass")])
 def test_an_interpreter_is_given_longer(rung: str, verdict: str) -> None:
     target = replace(targets.parse(f"{PLANTED}:FailsByChannels"), rung=rung)
@@ -92,8 +82,8 @@ def test_kill_9_of_a_rank_between_cases() -> None:
 def test_an_answer_that_comes_late_is_not_taken_for_the_next_one(pool: RankPool) -> None:
     """After an exchange that was given up, its answer carries an old epoch."""
     assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
-    for connection in pool._connections:
-        wire.send(connection, {"do": "run", "case": {}, "epoch": -1})
+    for channel in pool._channels:
+        channel.send({"do": "run", "case": {}, "epoch": -1})
     assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
 
 

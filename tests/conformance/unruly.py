@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.conformance.wire import Channel, encode
 from syncbn.torch import SyncBatchNorm
 
 
@@ -58,6 +61,16 @@ def surrogates(_: Tensor) -> None:
     raise ValueError("\ud800 \0")
 
 
+def to_the_controller(sends: bytes) -> Callable[[Tensor], Any]:
+    """A layer finds the connection of its rank, as it finds everything in its process."""
+
+    def send(_: Tensor) -> None:
+        (channel,) = [one for one in gc.get_objects() if type(one) is Channel]
+        os.write(channel.fileno(), sends)
+
+    return send
+
+
 BEFORE: dict[int, Callable[[Tensor], Any]] = {
     20: full_disk,
     21: exits,
@@ -72,6 +85,10 @@ AFTER: dict[int, Callable[[Tensor], Any]] = {
     41: lambda y: y.to_sparse(),
     42: lambda y: None,
     43: lambda y: (y, y),
+    60: to_the_controller(struct.pack("<IQ", 2, 0) + b"[]"),
+    61: to_the_controller(encode({"steps": []})),
+    62: to_the_controller(b"\xff" * 12),
+    63: to_the_controller(struct.pack("<IQ", 1000, 0) + b"{"),  # and its own answer within
 }
 
 

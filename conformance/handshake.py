@@ -1,0 +1,192 @@
+"""How ranks connect to the controller: over a socket, with a random key that both sides prove.
+
+The controller sends a nonce. A rank answers with its id, a nonce of its own, and a proof: an HMAC
+of all three with the key. The controller answers with its own proof. All of it has fixed lengths.
+
+Any process of the machine can connect. A stranger that leaves, sends something else or nothing
+costs the controller one entry in a table, and delays no rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import secrets
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from syncbn.conformance.wire import Channel
+
+_NONCE = 32  # bytes
+_PROOF = hashlib.sha256().digest_size
+_RANK = struct.Struct("<I")
+_ANSWER = _RANK.size + _NONCE + _PROOF
+_MAX_STRANGERS = 100  # at a time; of more, the oldest are dropped
+_BACKLOG = 1024  # connections that wait until the controller looks
+_PAUSE_SECONDS = 0.2  # between looks at the processes
+_CLIENT_SECONDS = 60.0  # in which the controller must answer a rank
+
+
+class HandshakeError(ConnectionError):
+    """The other side does not have the key."""
+
+
+@dataclass
+class _Visitor:
+    """Whoever has connected and has not proven yet what it is."""
+
+    connection: socket.socket
+    nonce: bytes
+    answer: bytearray = field(default_factory=bytearray)
+
+
+class Reception:
+    """A listener on loop-back for the ranks of one start. Use it as a context manager."""
+
+    def __init__(self, ranks: int, key: bytes, host: str = "127.0.0.1") -> None:
+        self._ranks = ranks
+        self._key = key
+        self._listener = socket.create_server((host, 0), backlog=_BACKLOG)
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._visitors: dict[int, _Visitor] = {}  # by file descriptor, the oldest first
+
+    @property
+    def address(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"{host}:{port}"
+
+    def __enter__(self) -> Reception:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for visitor in list(self._visitors.values()):
+            self._drop(visitor)
+        self._selector.close()
+        self._listener.close()
+
+    def gather(self, seconds: float, look: Callable[[set[int]], None]) -> dict[int, Channel]:
+        """Wait for a connection of every rank.
+
+        Args:
+            seconds: how long to wait.
+            look: called now and then with the ranks that are missing; it may raise.
+
+        Returns:
+            The channels by rank. Ranks that did not connect in time are missing.
+        """
+        channels: dict[int, Channel] = {}
+        end, next_look = time.monotonic() + seconds, 0.0
+        try:
+            while len(channels) < self._ranks and (now := time.monotonic()) < end:
+                if now >= next_look:
+                    look(set(range(self._ranks)) - set(channels))
+                    next_look = now + _PAUSE_SECONDS
+                for key, _ in self._selector.select(_PAUSE_SECONDS):
+                    if key.fileobj is self._listener:
+                        self._accept()
+                    elif (visitor := self._visitors.get(key.fd)) is not None:
+                        self._hear(visitor, channels)
+        except BaseException:
+            for channel in channels.values():
+                channel.close()
+            raise
+        return channels
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it has left already
+            return
+        connection.setblocking(False)
+        visitor = _Visitor(connection, secrets.token_bytes(_NONCE))
+        self._visitors[connection.fileno()] = visitor
+        self._selector.register(connection, selectors.EVENT_READ)
+        try:
+            connection.send(visitor.nonce)
+        except OSError:
+            self._drop(visitor)
+        if len(self._visitors) > _MAX_STRANGERS + self._ranks:
+            self._drop(next(iter(self._visitors.values())))
+
+    def _hear(self, visitor: _Visitor, channels: dict[int, Channel]) -> None:
+        try:
+            piece = visitor.connection.recv(_ANSWER - len(visitor.answer))
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        visitor.answer += piece
+        if piece and len(visitor.answer) < _ANSWER:
+            return
+        rank = self._rank(visitor)
+        if rank is None or rank in channels:
+            self._drop(visitor)
+            return
+        self._forget(visitor)
+        said = bytes(visitor.answer[:-_PROOF])
+        try:
+            visitor.connection.send(_prove(self._key, b"controller", visitor.nonce, said))
+        except OSError:
+            visitor.connection.close()
+        else:
+            channels[rank] = Channel(visitor.connection)
+
+    def _rank(self, visitor: _Visitor) -> int | None:
+        """The rank that a visitor has proven to be, or None."""
+        if len(visitor.answer) < _ANSWER:
+            return None
+        said, proof = bytes(visitor.answer[:-_PROOF]), bytes(visitor.answer[-_PROOF:])
+        if not hmac.compare_digest(proof, _prove(self._key, b"rank", visitor.nonce, said)):
+            return None
+        rank: int = _RANK.unpack_from(said)[0]
+        return rank if rank < self._ranks else None
+
+    def _forget(self, visitor: _Visitor) -> None:
+        del self._visitors[visitor.connection.fileno()]
+        self._selector.unregister(visitor.connection)
+
+    def _drop(self, visitor: _Visitor) -> None:
+        self._forget(visitor)
+        visitor.connection.close()
+
+
+def connect(address: str, key: bytes, rank: int) -> Channel:
+    """Connect a rank to the controller at HOST:PORT.
+
+    Raises:
+        HandshakeError: what listens there is not the controller.
+        OSError: nothing listens there, or it does not answer.
+    """
+    host, port = address.rsplit(":", 1)
+    connection = socket.create_connection((host, int(port)), timeout=_CLIENT_SECONDS)
+    with contextlib.ExitStack() as stack:
+        stack.callback(connection.close)
+        nonce = _read(connection, _NONCE)
+        said = _RANK.pack(rank) + secrets.token_bytes(_NONCE)
+        connection.sendall(said + _prove(key, b"rank", nonce, said))
+        expected = _prove(key, b"controller", nonce, said)
+        if not hmac.compare_digest(_read(connection, _PROOF), expected):
+            raise HandshakeError(f"what listens at {address} does not have the key of this run")
+        stack.pop_all()
+    return Channel(connection)
+
+
+def _read(connection: socket.socket, count: int) -> bytes:
+    found = b""
+    while len(found) < count:
+        piece = connection.recv(count - len(found))
+        if not piece:
+            raise HandshakeError("the controller closed the connection")
+        found += piece
+    return found
+
+
+def _prove(key: bytes, side: bytes, nonce: bytes, said: bytes) -> bytes:
+    return hmac.digest(key, side + nonce + said, "sha256")
