@@ -111,7 +111,7 @@ def revert_sync_batchnorm(module: _ModuleT, batch_norm: type[_BatchNorm] | None 
             continue
         origin = vars(layer).pop("_converted_from", None)
         layer.__class__ = origin if origin in _PLAIN else batch_norm
-        for attribute in ("process_group", "backend"):
+        for attribute in ("process_group", "backend", "_trained_with_others"):
             vars(layer).pop(attribute, None)
     _warn("revert_sync_batchnorm", left)
     return module

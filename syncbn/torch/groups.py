@@ -31,6 +31,12 @@ _STALE = (
     f"{_SET_GROUP} a new group, or to a list of rank ids, which stays valid"
 )
 
+_NO_WORLD = (
+    "process_group None stands for the ranks of torch.distributed's world, which was destroyed "
+    "after this layer trained with other ranks in it: call init_process_group again, or, to train "
+    "alone, turn the layer into a BatchNorm by revert_sync_batchnorm"
+)
+
 
 @dataclass
 class _Registry:
@@ -166,6 +172,8 @@ class Communicator:
         """The same, of a process_group that `key_of` has turned into a string."""
         if key == ALONE_KEY:
             return ALONE
+        if key == _WORLD_KEY:
+            check_world()
         return cls.of(_process_group_of(key))
 
     def all_gather(self, message: Tensor) -> Tensor:
@@ -185,20 +193,37 @@ class Communicator:
 
 ALONE = Communicator((0,), None)
 ALONE_KEY = "alone"
+_WORLD_KEY = "world"  # of a graph that was compiled for several ranks
+
+
+def has_peers() -> bool:
+    """Whether there is a world of several ranks."""
+    return _initialized() and dist.get_world_size() > 1
+
+
+def check_world() -> None:
+    """Refuse to train alone what trained with other ranks (process_group None).
+
+    Raises:
+        RuntimeError: torch.distributed is not initialized.
+    """
+    if not _initialized():
+        raise RuntimeError(_NO_WORLD)
 
 
 def key_of(process_group: ProcessGroupLike) -> str:
     """A process_group as a string, which a compiled graph can hold.
 
     It is looked up when the graph runs, so that a graph outlives torch.distributed's world as
-    far as a layer does.
+    far as a layer does. A handle is found by its name, which another world may give to a group of
+    other ranks. So its ranks are part of the string.
 
     Raises:
         TypeError, ValueError: see `check_group`.
         RuntimeError: the handle is of a world that was destroyed.
     """
     if process_group is None:
-        return ""
+        return _WORLD_KEY if has_peers() else ""
     if isinstance(process_group, (list, tuple)):
         return "ranks " + ",".join(map(str, check_rank_ids(process_group, None)))
     if isinstance(process_group, str):
@@ -206,7 +231,7 @@ def key_of(process_group: ProcessGroupLike) -> str:
     if isinstance(process_group, dist.ProcessGroup):
         if not _is_live(process_group):
             raise RuntimeError(_STALE)
-        return f"handle {process_group.group_name}"
+        return f"handle {_identity(process_group)}"
     _check_type(process_group)
     return "outside"
 
@@ -219,19 +244,23 @@ key_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _process_group_of(key: str) -> ProcessGroupLike:
     """The inverse of `key_of`."""
     kind, _, name = key.partition(" ")
-    if kind == "":
+    if kind in ("", _WORLD_KEY):
         return None
     if kind == "name":
         return name
     if kind == "outside":
         return dist.GroupMember.NON_GROUP_MEMBER
     if kind == "handle":
-        for group, group_name in distributed_c10d._world.pg_names.items():
-            if group_name == name:
+        for group in distributed_c10d._world.pg_names:
+            if _identity(group) == name:
                 return group
         raise RuntimeError(_STALE)
     assert kind == "ranks"
     return tuple(int(rank) for rank in name.split(","))
+
+
+def _identity(group: dist.ProcessGroup) -> str:
+    return f"{group.group_name} {dist.get_process_group_ranks(group)}"
 
 
 def _handle_of(process_group: Any) -> dist.ProcessGroup | int:

@@ -13,7 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.contract import check_arguments, check_dtype, check_shape
 from syncbn.torch import backends
 from syncbn.torch.functional import sync_batch_norm
-from syncbn.torch.groups import ProcessGroupLike, check_group, portable
+from syncbn.torch.groups import (
+    ProcessGroupLike,
+    check_group,
+    check_world,
+    has_peers,
+    portable,
+)
 from syncbn.torch.step import DTYPES
 
 _ModuleT = TypeVar("_ModuleT", bound=torch.nn.Module)
@@ -65,7 +71,8 @@ class SyncBatchNorm(_BatchNorm):
         ValueError: num_features < 1, momentum outside [0, 1], eps negative, a rank id outside
             [0, world size), an unknown backend; in forward, an input of the wrong shape.
         RuntimeError: a ProcessGroup that was destroyed; in a training forward, also a group where
-            torch.distributed is not initialized.
+            torch.distributed is not initialized, or None after the layer trained with other ranks
+            in a world that was destroyed.
         RuntimeError, PeerError: in forward, see `syncbn.torch.functional.sync_batch_norm`.
 
     Example, in each of the processes that torchrun starts (or in a single one):
@@ -82,6 +89,7 @@ class SyncBatchNorm(_BatchNorm):
     process_group: ProcessGroupLike = None
     backend: str = "auto"
     _converted_from: type[_BatchNorm] | None = None
+    _trained_with_others: bool = False
 
     def __init__(
         self,
@@ -129,6 +137,8 @@ class SyncBatchNorm(_BatchNorm):
             TypeError, ValueError, RuntimeError, PeerError: see
                 `syncbn.torch.functional.sync_batch_norm`.
         """
+        if self.training and self.process_group is None:
+            self._check_world()
         tracking = not self.training or self.track_running_stats
         return sync_batch_norm(
             input,
@@ -180,6 +190,13 @@ class SyncBatchNorm(_BatchNorm):
             shown += f", backend={self.backend!r}"
         return super().extra_repr() + shown
 
+    def _check_world(self) -> None:
+        """Refuse to train alone, in silence, after steps with other ranks."""
+        if has_peers():
+            self._trained_with_others = True
+        elif self._trained_with_others:
+            check_world()
+
     def _check_input_dim(self, input: Tensor) -> None:
         check_shape(input.shape, self.num_features)
 
@@ -197,5 +214,7 @@ class SyncBatchNorm(_BatchNorm):
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle keeps: rank ids in the place of a handle."""
-        return self.__dict__ | {"process_group": portable(self.process_group)}
+        """What pickle keeps: rank ids in the place of a handle, and no past of this process."""
+        state = self.__dict__ | {"process_group": portable(self.process_group)}
+        state.pop("_trained_with_others", None)
+        return state

@@ -241,7 +241,11 @@ def saved_and_loaded(rank: int) -> None:
         assert copy.copy(layer).process_group is given
 
 
+TRAINED_WITH_OTHERS = "trained with other ranks .*init_process_group.*revert_sync_batchnorm"
+
 kept_layers: dict[str, SyncBatchNorm] = {}
+kept_compiled: dict[str, Any] = {}
+kept_names: list[str] = []
 
 
 def keep_layers(rank: int) -> None:
@@ -255,9 +259,14 @@ def keep_layers(rank: int) -> None:
         name=make_layer(process_group="couple"),
         handle=make_layer(process_group=handle),
     )
-    for layer in kept_layers.values():
+    kept_names.append(handle.group_name)
+    for kind, layer in kept_layers.items():
         if rank != 2 or layer.process_group not in ("couple", [0, 1]):
             layer(randn(5, 3, seed=rank))
+            kept_compiled[kind] = torch.compile(
+                copy.deepcopy(layer), backend="aot_eager", fullgraph=True
+            )
+            kept_compiled[kind](randn(5, 3, seed=rank))
 
 
 def layers_without_a_world(rank: int) -> None:
@@ -267,13 +276,42 @@ def layers_without_a_world(rank: int) -> None:
         assert_step(layer.eval(), randn(5, 3), randn(5, 3, seed=1))
         layer.train()
         if kind == "world":
-            assert_step(layer, randn(5, 3), randn(5, 3, seed=1))
+            for again in (layer, copy.copy(layer), copy.deepcopy(layer)):
+                _assert_refused(again, RuntimeError, TRAINED_WITH_OTHERS)
+            # Another process may load it, to train alone.
+            loaded = pickle.loads(pickle.dumps(layer))
+            assert_step(loaded, randn(5, 3), randn(5, 3, seed=1))
+            reverted: Any = convert_sync_batchnorm(revert_sync_batchnorm(copy.deepcopy(layer)))
+            assert_step(reverted, randn(5, 3), randn(5, 3, seed=1))
         elif kind == "handle":
             _assert_refused(layer, RuntimeError, "ProcessGroup that was destroyed")
         else:
             _assert_refused(
                 layer, RuntimeError, "init_process_group first, or, to train alone, set"
             )
+
+
+def compiled_layers_without_a_world(rank: int) -> None:
+    for kind, message in {
+        "world": TRAINED_WITH_OTHERS,
+        "handle": "ProcessGroup that was destroyed",
+        "ids": "init_process_group first",
+    }.items():
+        if rank != 2 or kind != "ids":
+            with pytest.raises(RuntimeError, match=message):
+                kept_compiled[kind](randn(5, 3))
+
+
+def compiled_layers_of_another_world(rank: int) -> None:
+    """A graph holds a handle by its name, which this world may give to other ranks."""
+    others = [dist.new_group([0, 1]) for _ in range(9)]
+    names = [group.group_name for group in others if isinstance(group, dist.ProcessGroup)]
+    assert rank == 2 or kept_names[0] in names
+    with pytest.raises(RuntimeError, match="ProcessGroup that was destroyed"):
+        kept_compiled["handle"](randn(5, 3))
+    kept_compiled["world"](randn(5, 3, seed=rank))
+    if rank != 2:
+        kept_compiled["ids"](randn(5, 3, seed=rank))
 
 
 def layers_of_another_world(rank: int) -> None:
@@ -341,8 +379,8 @@ WORLDS: list[list[Callable[[int], None]]] = [
         destroyed_groups,
         keep_layers,
     ],
-    [layers_without_a_world],
-    [layers_of_another_world],
+    [layers_without_a_world, compiled_layers_without_a_world],
+    [compiled_layers_of_another_world, layers_of_another_world],
 ]
 
 
@@ -352,7 +390,7 @@ def _run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     outcome: dict[str, str] = {}
     for index, checks in enumerate(WORLDS):
-        world = checks != [layers_without_a_world]
+        world = layers_without_a_world not in checks
         if world:
             dist.init_process_group(
                 "gloo",
