@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Framework:
     backends: the backends of our layer.
     own: its own layer.
     modes: the ways in which it can run a layer, the default first; none if there is only one way.
-    environment: variables that a rank sets before it imports the framework, unless they are set.
+    environment: variables that are set before a rank imports the framework, unless they are set.
     collectives: what can carry the collectives of a device, its own first; empty if there is no
         choice.
     """
@@ -61,6 +62,15 @@ class Framework:
     @property
     def installed(self) -> bool:
         return find_spec(self.name) is not None
+
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """The modules that a rank imports before it has a target."""
+        return ("syncbn.conformance.ranks.worker", self.rank.partition(":")[0])
+
+    def missing_environment(self) -> dict[str, str]:
+        """The variables that must be set before the framework is imported, and are not."""
+        return {name: v for name, v in self.environment.items() if name not in os.environ}
 
     def rank_class(self) -> type[Rank]:
         """Import the framework and the class of its rank."""

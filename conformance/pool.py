@@ -23,10 +23,11 @@ from typing import Any
 
 import syncbn
 from syncbn.conformance.case import Case
+from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.handshake import Reception
 from syncbn.conformance.targets import Target, TargetError
 from syncbn.conformance.wire import Channel, Message, WireError
-from syncbn.launchers import LAUNCHERS, Job
+from syncbn.launchers import LAUNCHERS, Job, Launcher
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _JOIN_SECONDS = 20.0  # in which ranks that have all loaded form a new world
@@ -96,6 +97,7 @@ class RankPool:
         self.restarts: list[Restart] = []
         self._failed_starts = 0  # in a row
         self._epoch = 0
+        self._launcher: Launcher | None = None
         self._job: Job | None = None
         self._channels: list[Channel] = []
         self._must_rejoin = False
@@ -109,7 +111,7 @@ class RankPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        self.close()
 
     def start(self) -> None:
         """Start the ranks, load the target and form the world.
@@ -127,18 +129,25 @@ class RankPool:
             "SYNCBN_KEY": key.hex(),
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
+            **FRAMEWORKS[self.target.framework].missing_environment(),
         }
         with Reception(self.ranks, key) as reception:
             environment["SYNCBN_CONTROLLER"] = reception.address
             command = [sys.executable, "-m", "syncbn.conformance.ranks.worker"]
-            self._job = LAUNCHERS[self.launcher](command, self.ranks, environment)
+            self._launcher = self._launcher or LAUNCHERS[self.launcher]()
             try:
+                self._job = self._launcher.start(
+                    command, self.ranks, environment, FRAMEWORKS[self.target.framework].preload
+                )
                 self._channels = self._receive_ranks(reception)
                 loaded = self._all({"do": "load", "target": self.target.document}, _START_SECONDS)
                 self.versions = loaded[0].content["versions"]
                 self._join(_START_SECONDS)
+            except OSError as error:
+                self.close()
+                raise StartError(str(error)) from error
             except BaseException:
-                self.stop()
+                self.close()
                 raise
 
     def stop(self) -> None:
@@ -150,6 +159,13 @@ class RankPool:
         if self._job is not None:
             self._job.stop()
             self._job = None
+
+    def close(self) -> None:
+        """End all ranks, and what starts them."""
+        self.stop()
+        if self._launcher is not None:
+            self._launcher.close()
+            self._launcher = None
 
     def run(self, case: Case) -> Outcome:
         """Run a case on all ranks. No target can make this raise."""

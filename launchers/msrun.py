@@ -26,6 +26,22 @@ _MARK = "SYNCBN_MSRUN"
 _SCHEDULER = "from mindspore.communication import init; init()"
 
 
+class MsrunLauncher:
+    """Calls msrun for each start."""
+
+    def start(
+        self,
+        command: Sequence[str],
+        ranks: int,
+        environment: Mapping[str, str],
+        preload: Sequence[str] = (),  # each rank of msrun is a program of its own
+    ) -> MsrunJob:
+        return MsrunJob(command, ranks, environment)
+
+    def close(self) -> None:
+        """Nothing outlives a job."""
+
+
 class MsrunJob:
     """The ranks and the scheduler of one call of msrun.
 
@@ -63,6 +79,9 @@ class MsrunJob:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that Ctrl-C in a terminal reaches only the controller
             )
+
+    def processes(self) -> dict[int, int]:
+        return self._workers()
 
     def dump_stacks(self) -> None:
         for pid in self._workers().values():

@@ -79,8 +79,6 @@ def _place(error: Exception) -> str:
 def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Rank:
     framework = FRAMEWORKS[target["framework"]]
     require("the target", framework.name, framework.name)
-    for name, value in framework.environment.items():
-        os.environ.setdefault(name, value)
     return framework.rank_class()(target, rank, ranks, local_rank)
 
 

@@ -18,7 +18,6 @@ from syncbn.conformance.__main__ import main
 from syncbn.conformance.case import Case, Data, Step
 from syncbn.conformance.pool import Outcome, RankPool
 from syncbn.conformance.verdict import Verdict
-from syncbn.launchers.local import LocalJob
 
 UNRULY = "torch:tests/conformance/unruly.py:Unruly"
 
@@ -115,7 +114,8 @@ def test_ranks_that_hang_while_they_form_a_world_are_in_the_report(
     with RankPool(targets.parse("syncbn.torch"), 2) as pool:
         assert judged(pool, case(3)).verdict == "pass"
         pool._must_rejoin = True
-        os.kill(cast(LocalJob, pool._job)._processes[1].pid, signal.SIGSTOP)
+        assert pool._job is not None
+        os.kill(pool._job.processes()[1], signal.SIGSTOP)
         assert judged(pool, case(3)).verdict == "pass"
         (restart,) = pool.restarts
         assert restart.case == case(3).id

@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -18,7 +17,6 @@ from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
-from syncbn.launchers.local import LocalJob
 
 ROOT = Path(__file__).parents[2]
 PLANTED = "torch:tests/conformance/planted.py"
@@ -31,7 +29,8 @@ def case(channels: int, deadline: float = 20.0) -> Case:
 
 
 def pids(pool: RankPool) -> list[int]:
-    return [process.pid for process in cast(LocalJob, pool._job)._processes]
+    assert pool._job is not None
+    return list(pool._job.processes().values())
 
 
 def alive(pid: int) -> bool:
@@ -142,7 +141,8 @@ def test_no_orphans_when_the_controller_ends(how: signal.Signals, tmp_path: Path
         # Where tests are started by nohup or with &, Ctrl-C is ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    ranks = wait_for_children(controller.pid, 2)
+    (keeper,) = wait_for_children(controller.pid, 1)
+    ranks = [keeper, *wait_for_children(keeper, 2)]
     time.sleep(4.0)  # the case has begun, or is about to: no process may stay
     controller.send_signal(how)
     _, errors = controller.communicate(timeout=30)
@@ -162,4 +162,4 @@ def wait_for_children(pid: int, count: int) -> list[int]:
         if len(children) >= count:
             return [int(child) for child in children]
         time.sleep(0.1)
-    raise AssertionError("the ranks did not start")
+    raise AssertionError("they did not start")

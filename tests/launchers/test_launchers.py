@@ -24,6 +24,7 @@ from syncbn.launchers import LAUNCHERS, Job
 
 ROOT = Path(__file__).parents[2]
 MARK = f"SYNCBN_TEST_{os.getpid()}"  # these tests may run twice at the same time
+KEEPER = "syncbn.launchers.keeper"
 PLANTED = "torch:tests/conformance/planted.py"
 
 needs_mindspore = pytest.mark.skipif(
@@ -60,19 +61,27 @@ print("rank", communication.get_rank(), "has", float(total[0]), flush=True)
 CONTROLLER = """
 import os, sys, time
 from syncbn.launchers import LAUNCHERS
-job = LAUNCHERS["msrun"]([sys.executable, "-c", ""], 2, {sys.argv[1]: sys.argv[2]})
+launcher = LAUNCHERS["msrun"]()
+job = launcher.start([sys.executable, "-c", ""], 2, {sys.argv[1]: sys.argv[2]})
 while sorted(job.ended()) != [0, 1]:
     time.sleep(0.1)
 os.kill(os.getpid(), 9)
 """
 
 
-def processes(mark: str) -> list[int]:
-    """The processes started with this mark in the environment, by themselves or by an ancestor."""
+def processes(mark: str, without: str = "") -> list[int]:
+    """The processes started with this mark in the environment, by themselves or by an ancestor.
+
+    Args:
+        mark: the value of MARK.
+        without: a word of the command of processes that do not count.
+    """
     found = []
     for place in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in place.read_bytes().split(b"\0"):
+            words = (place.parent / "cmdline").read_bytes().split(b"\0")
+            marked = f"{MARK}={mark}".encode() in place.read_bytes().split(b"\0")
+            if marked and not (without and without.encode() in words):
                 found.append(int(place.parent.name))
     return found
 
@@ -87,11 +96,13 @@ def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
 @contextlib.contextmanager
 def started(launcher: str, mark: str, script: str, **environment: str) -> Iterator[Job]:
     command = [sys.executable, "-c", script]
-    job = LAUNCHERS[launcher](command, 2, {MARK: mark, "SAID": "hello"} | environment)
-    try:
-        yield job
-    finally:
-        job.stop()
+    starter = LAUNCHERS[launcher]()
+    with contextlib.closing(starter):
+        job = starter.start(command, 2, {MARK: mark, "SAID": "hello"} | environment)
+        try:
+            yield job
+        finally:
+            job.stop()
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +153,81 @@ def test_a_rank_that_fails_has_ended_and_its_peer_has_not(launcher: str) -> None
         assert list(job.ended()) == [1]
 
 
+LEAVES = """
+import os, signal, subprocess, sys, time
+subprocess.Popen(["sleep", "300"])  # a child
+subprocess.Popen(["sleep", "300"], start_new_session=True)  # in a session of its own
+if os.fork() == 0:  # a child that ignores signals
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    time.sleep(300)
+if os.fork() == 0:  # a daemon without the environment
+    os.setsid()
+    if os.fork() == 0:
+        os.execve("/bin/sleep", ["sleep", "300.25"], {})
+    os._exit(0)
+print("has left", flush=True)
+if os.environ["RANK"] == "1":
+    os._exit(0)
+time.sleep(300)
+"""
+
+CONTROLLER_OF_LEAVES = """
+import os, sys, time
+from syncbn.launchers import LAUNCHERS
+mark, value, leaves = sys.argv[1:]
+launcher = LAUNCHERS["local"]()
+job = launcher.start([sys.executable, "-c", leaves], 2, {mark: value})
+while "has left" not in job.output(0) or "has left" not in job.output(1):
+    time.sleep(0.1)
+os.kill(os.getpid(), 9)
+"""
+
+
+def daemons() -> list[int]:
+    """The daemons of LEAVES, which nothing but their argument tells from other processes."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if place.read_bytes() == b"sleep\x00300.25\x00":
+                found.append(int(place.parent.name))
+    return found
+
+
+def test_what_a_rank_starts_ends_with_it() -> None:
+    before = daemons()
+    with started("local", "leaves", LEAVES) as job:
+        wait_until(lambda: all("has left" in job.output(rank) for rank in (0, 1)))
+        wait_until(lambda: len(daemons()) == len(before) + 2)
+        job.stop()
+        assert processes("leaves", without=KEEPER) == []
+        assert daemons() == before
+
+
+def test_what_a_rank_starts_ends_with_a_controller_that_is_killed() -> None:
+    before = daemons()
+    command = [sys.executable, "-c", CONTROLLER_OF_LEAVES, MARK, "abandoned", LEAVES]
+    assert subprocess.Popen(command, cwd=ROOT).wait(60) == -signal.SIGKILL
+    wait_until(lambda: processes("abandoned") == [] and daemons() == before, 20.0)
+
+
+def test_the_end_of_a_long_output_is_kept() -> None:
+    script = "print('word ' * 20_000_000, 'the end', flush=True); import time; time.sleep(300)"
+    with started("local", "long", script) as job:
+        wait_until(lambda: job.output(0).endswith("the end\n"))
+        assert len(job.output(0)) <= 1 << 16
+
+
+def test_ranks_end_with_what_keeps_them() -> None:
+    with started("local", "kept", RANK) as job:
+        wait_until(lambda: all("on stderr" in job.output(rank) for rank in (0, 1)))
+        (keeper,) = set(processes("kept")) - set(processes("kept", without=KEEPER))
+        os.kill(keeper, signal.SIGKILL)
+        assert job.ended()[0] == "the parent of the ranks ended: signal 9, SIGKILL"
+        for pid in processes("kept"):
+            os.kill(pid, signal.SIGKILL)
+
+
 @each_launcher
 @pytest.mark.parametrize("when", ["at once", "while it starts", "when all have started"])
 def test_stop_leaves_nothing(
@@ -154,29 +240,25 @@ def test_stop_leaves_nothing(
             wait_until(lambda: processes(mark) != [])
         elif when == "when all have started":
             wait_until(lambda: all("on stderr" in job.output(rank) for rank in (0, 1)))
-        assert list(tmp_path.iterdir()) != []
         job.stop()
-        assert list(tmp_path.iterdir()) == []
-        assert processes(mark) == []
+        assert processes(mark, without=KEEPER) == []
+    assert list(tmp_path.iterdir()) == []
+    assert processes(mark) == []
 
 
 @each_launcher
-@pytest.mark.parametrize(
-    ("condition", "names"),
-    [
-        ("os.environ.get('RANK') == '1'", "rank 1"),
-        ("True", "rank"),  # msrun itself as well
-    ],
-)
+@pytest.mark.parametrize("condition", ["os.environ.get('RANK') == '1'", "True"])
 def test_the_pool_sees_what_dies_at_its_start(
-    launcher: str, condition: str, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: str, condition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if launcher == "local" and condition != "True":
+        pytest.skip("a fork reads no sitecustomize; see test_a_rank_that_fails_has_ended")
     (tmp_path / "sitecustomize.py").write_text(
         f"import os, sys\nif {condition}:\n    sys.exit('planted end')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     pool = RankPool(targets.parse("syncbn.torch"), 2, launcher)
-    with pytest.raises(TargetError, match=rf"{names}.* died at its start \(.*planted end"):
+    with pytest.raises(TargetError, match=r"(died at its start|exit status 1) .*planted end"):
         pool.start()
 
 
