@@ -1,4 +1,4 @@
-"""How the values of an input are counted, laid out for a backend, and summed."""
+"""How inputs are counted, laid out for a backend and summed, and memory for results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, mint, nn, ops
 from mindspore.graph.api import _pynative_executor
 
 _BLOCK = 64  # values that are added one after the other
@@ -52,6 +52,14 @@ def is_recorded() -> bool:
     2.10.0 then computes a wrong second derivative.
     """
     return bool(_pynative_executor.requires_grad())
+
+
+def reserve(like: Tensor) -> None:
+    """In PyNative: take memory for a result and give it back to the allocator, which keeps it.
+
+    So a rank that has no memory for it finds out before a collective, and the others hear of it.
+    """
+    mint.empty(like.shape, dtype=like.dtype)
 
 
 def channel_sums(values: Tensor, dtype: Any) -> Tensor:

@@ -42,6 +42,7 @@ from syncbn.mindspore.layout import (
     count_of,
     is_recorded,
     per_channel,
+    reserve,
 )
 from syncbn.mindspore.step import sum_over_ranks
 
@@ -153,7 +154,7 @@ class _Gradients(nn.Cell):
             own = ops.depend(self._sums(dy, x, mean), (dy, mean))
             sums = self.communicator.all_reduce(own, _tag(mean))
         else:
-            own, error = _caught(2 * mean.shape[0], mean.dtype, self._sums, dy, x, mean)
+            own, error = _caught(2 * mean.shape[0], mean.dtype, self._sums_and_room, dy, x, mean)
             sums = sum_over_ranks(own, error, self.communicator, _tag(mean))
         dx = ops.zeros(x.shape, x.dtype)
         if count_of(x.shape) != 0:
@@ -177,6 +178,12 @@ class _Gradients(nn.Cell):
         if count_of(x.shape) == 0:
             return ops.zeros((2 * mean.shape[0],), mean.dtype)
         return ops.cat(self.reduce_grad(canonical(dy), canonical(x), mean)).astype(mean.dtype)
+
+    def _sums_and_room(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+        """The same, with memory for dx."""
+        sums = self._sums(dy, x, mean)
+        reserve(x)
+        return sums
 
     def bprop(
         self,

@@ -2,7 +2,8 @@
 
 A step costs two collectives: one all_gather of each rank's statistics in the forward, one
 all_reduce of two sums per channel in the backward. A rank that fails before a collective still
-joins it, with a mark, so that every rank raises and none waits (ERR-9).
+joins it, with a mark, so that every rank raises and none waits (ERR-9). In PyNative a rank also
+takes the memory for its result before the collective.
 
 The cells are written once for PyNative and for graph mode. Where only one of the two can do a
 thing there is a branch on `compiling()`: a graph raises by an operator of its own, which cannot
@@ -26,7 +27,7 @@ from syncbn.contract import FLOATING, check_input_dtype, check_shape
 from syncbn.mindspore.backends import Backend, statistics_dtype
 from syncbn.mindspore.graph import compiling, may_sync_host
 from syncbn.mindspore.groups import Communicator, Group
-from syncbn.mindspore.layout import canonical, count_of
+from syncbn.mindspore.layout import canonical, count_of, reserve
 from syncbn.protocol import COUNT_HIGH, COUNT_LOW, FAIL, HEADER_WORDS, MARK
 
 DTYPES = tuple(getattr(ms, name) for name in FLOATING)
@@ -101,6 +102,7 @@ class BatchStatistics(nn.Cell):
         try:
             raise_problem(problem)
             local = self._local(x)
+            reserve(x)  # for y
             mark = protocol.BACKWARD if _differentiates(x, weight, bias) else protocol.NOTHING
             count = count_of(x.shape)
             words = [mark, *divmod(count, protocol.COUNT_WORD), *words[3:]]

@@ -11,11 +11,11 @@ os.environ.setdefault("GLOG_v", "3")  # errors only, or MindSpore writes pages o
 import mindspore as ms
 import numpy as np
 import numpy.typing as npt
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from mindspore.communication import GlobalComm, get_rank
 
 from syncbn import reference
-from syncbn.mindspore import SyncBatchNorm
+from syncbn.mindspore import SyncBatchNorm, normalize
 from syncbn.reference import Bounded
 from syncbn.reference.ratio import THRESHOLD, ratio
 
@@ -73,16 +73,28 @@ class LateGroups(nn.Cell):
 
 
 class OutOfMemory(SyncBatchNorm):
-    """A layer that has no memory on rank 1, in the operation of that name."""
+    """A layer that has no memory on rank 1: in an operation, for y, or for dx."""
 
-    def __init__(self, num_features: int, operation: str, **arguments: Any) -> None:
+    def __init__(self, num_features: int, place: str, **arguments: Any) -> None:
         super().__init__(num_features, **arguments)
-        cell = {
-            "stats": self._step.group_statistics,
-            "reduce_grad": self._step.normalize_by_group.gradients,
-        }[operation]
+        self.large = place == "y" and get_rank() == 1
         if get_rank() == 1:
-            setattr(cell, operation, _no_memory)
+            vector = ops.ones((num_features,), ms.float32)
+            owner, name, planted = {
+                "stats": (self._step.group_statistics, "stats", _no_memory),
+                "y": (self._step.group_statistics, "stats", lambda x: (vector, vector)),
+                "reduce_grad": (
+                    self._step.normalize_by_group.gradients,
+                    "reduce_grad",
+                    _no_memory,
+                ),
+                "dx": (normalize, "reserve", _no_memory),
+            }[place]
+            setattr(owner, name, planted)
+
+    def construct(self, x: Tensor) -> Tensor:
+        # A view that needs no memory itself, whereas y would need 3 TiB.
+        return super().construct(x[:1].expand((2**38, 3)) if self.large else x)
 
 
 def _no_memory(*arguments: Any) -> Any:

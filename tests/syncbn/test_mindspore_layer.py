@@ -745,11 +745,11 @@ class TestWrongInput:
 
 
 class TestFailingTogether:
-    @pytest.mark.parametrize("operation", ["stats", "reduce_grad"])
-    def test_out_of_memory_on_one_rank(self, operation: str) -> None:
+    @pytest.mark.parametrize("place", ["stats", "y", "reduce_grad", "dx"])
+    def test_out_of_memory_on_one_rank(self, place: str) -> None:
         target = targets.parse("mindspore:tests/syncbn/mindspore_layers.py:OutOfMemory")
         steps = (CaseStep(((5, 3), (4, 3)), "train"),)
-        layer = {"num_features": 3, "operation": operation}
+        layer = {"num_features": 3, "place": place}
         case = Case("ERR-9", "memory", 2, layer, steps, ("y", "grad_input"), state="initial")
         with RankPool(target, 2) as pool:
             outcome = pool.run(case)
@@ -758,8 +758,13 @@ class TestFailingTogether:
             assert answer is not None
             errors.append(answer.content["steps"][0]["error"])
         assert errors[0]["types"][0] == "PeerError"
-        assert "rank 1 failed: MemoryError: no memory for 4 bytes" in errors[0]["message"]
-        assert errors[1]["types"][0] == "MemoryError"
+        kind, text = (
+            ("RuntimeError", "Allocate memory failed")
+            if place == "y"
+            else ("MemoryError", "no memory for 4 bytes")
+        )
+        assert f"rank 1 failed: {kind}: {text}" in errors[0]["message"]
+        assert errors[1]["types"][0] == kind
 
     def test_a_wide_layer_that_differs(self) -> None:
         """Its statistics do not go into the first message, whose length all ranks share."""
