@@ -104,7 +104,7 @@ def build(lowered: dict[str, str], sources: str, library: Path, counters: str = 
         lowered: modules of one function each, by the name that the function gets.
         sources: a hash of the kernels, which the library holds as `twin_sources`.
         library: the file to write.
-        counters: C code of the functions that every load, store and copy calls; by
+        counters: C code of the functions that every load, store and copy calls, see `traffic`; by
             default there are no such calls.
     """
     library.parent.mkdir(parents=True, exist_ok=True)
