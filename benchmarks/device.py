@@ -148,6 +148,9 @@ class Counting(TorchDispatchMode):
         if func.namespace not in ("aten", "prim", "prims"):
             with self:  # what the implementation does is counted
                 return func.redispatch(self._keys, *args, **kwargs)
+        if _is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         if to is not None:
             kwargs["device"] = "cpu"
         inner_args, inner_kwargs = tree_map(_values, (args, kwargs))
@@ -239,6 +242,13 @@ _LIBRARY = Library("aten", "IMPL")
 
 def _never_called(*args: Any) -> Any:
     raise RuntimeError("the mode Counting executes every operation of a DeviceTensor itself")
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether the operation is made of others on every device, as `to` is."""
+    key = "CompositeImplicitAutograd"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
 
 
 def _values(leaf: Any) -> Any:
