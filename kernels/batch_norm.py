@@ -4,7 +4,10 @@ One source for Ascend (triton-ascend), CUDA (triton) and Triton's interpreter. T
 same name in `syncbn.reference.formulas` is the plain version of each kernel, and
 `syncbn.reference.bounds` derives how far a kernel may be from it.
 
-Every kernel except `combine` reads x as a contiguous (R, C, S) tensor, in tiles of BLOCK_R rows by
+The kernels between them work on a few numbers per channel: `pack_stats` and `pack_grad` make the
+message that a rank sends, and `combine` takes the messages of all ranks.
+
+Every other kernel reads x as a contiguous (R, C, S) tensor, in tiles of BLOCK_R rows by
 BLOCK values. There are two layouts of a tile:
 
 - planes (S > 1, from contiguous input): a tile is (rows, places) of one channel;
@@ -20,6 +23,9 @@ A sum adds _RUN tiles place by place, then the values of that tile in steps of _
 totals. So there are few additions in a row, as the bounds require, even where a compiler adds one
 by one. Every sum is in float32. Places beyond the data are loaded as a neutral value (`other=`), so
 they never count.
+
+`normalize` and `input_grad` take items and tiles in the opposite order of `stats` and
+`reduce_grad`, so that they begin with what was read last, which may still be in the cache.
 
 Two rules come from Ascend. Tiles are 2-D and strided, because // and % on a tensor of indices
 become scalar loads; on scalars they are free. Addresses are int64, and masks are compared in int32.
@@ -165,13 +171,16 @@ def _stats_of_tile(
 
 @triton.jit
 def _merged(count, mean, var, more_count, more_mean, more_var):
-    """Count, mean and variance of two sets of values together; the first set may be empty.
+    """Count, mean and variance of two sets of values together.
 
-    Chan, Golub and LeVeque, The American Statistician 37 (1983). Sets with equal means keep that
-    mean exactly. The variances are weighted, not their difference, so that infinity stays.
+    Chan, Golub and LeVeque, The American Statistician 37 (1983). A set with a count of 0 is
+    ignored, whatever its statistics. Sets with equal means keep that mean exactly. The variances
+    are weighted, not their difference, so that infinity stays.
     """
     total = count + more_count
-    weight = more_count / total
+    weight = more_count / tl.maximum(total, 1.0)
+    more_mean = tl.where(more_count > 0, more_mean, 0.0)
+    more_var = tl.where(more_count > 0, more_var, 0.0)
     away = more_mean - mean
     merged = tl.where(
         tl.abs(away) < float("inf"),
@@ -229,70 +238,133 @@ def stats(
 
 
 @triton.jit(do_not_specialize=["P"])
-def combine(
-    means_ptr, vars_ptr, counts_ptr, mean_ptr, var_ptr, invstd_ptr, n_ptr, P, C, eps,
+def pack_stats(
+    means_ptr, vars_ptr, counts_ptr, header_ptr, message_ptr, P, C, header_words,
     BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The message of a rank: its header, and mean and variance of its P parts together.
+
+    Args:
+        means_ptr, vars_ptr: (P, C), float32, results of `stats`.
+        counts_ptr: (P,), float32.
+        header_ptr: (header_words,), float32, at most _RUN words.
+        message_ptr: result (header_words + 2 C,), float32: header, means, variances.
+    """
+    words = tl.arange(0, _RUN)
+    header = tl.load(header_ptr + words, mask=words < header_words, other=0.0)
+    tl.store(message_ptr + words, header, mask=words < header_words)
+    for first in range(tl.program_id(0) * BLOCK, C, tl.num_programs(0) * BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        count = tl.zeros((_RUN, 1), dtype=tl.float32)
+        mean = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        var = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        for p in range(0, P, _RUN):
+            part = p + words
+            more = tl.load(counts_ptr + part, mask=part < P, other=0.0)[:, None]
+            count, mean, var = _merged(
+                count, mean, var,
+                more, _rows(means_ptr, part, C, index, P, C), _rows(vars_ptr, part, C, index, P, C),
+            )  # fmt: skip
+        _, mean, var = _merged_rows(count, mean, var)
+        message = message_ptr + header_words
+        tl.store(message + index, mean, mask=index < C)
+        tl.store(message + C + index, var, mask=index < C)
+
+
+@triton.jit(do_not_specialize=["P"])
+def combine(
+    table_ptr, mean_ptr, var_ptr, invstd_ptr, n_ptr, running_mean_ptr, running_var_ptr, steps_ptr,
+    P, C, header_words, count_word, eps, momentum, kept,
+    RUNNING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """mean = sum w mean_p, var = sum w (var_p + (mean_p - mean)^2), invstd = 1 / sqrt(var + eps).
 
     Plain version: `syncbn.reference.formulas.combine`. The formula is that of Chan, Golub and
-    LeVeque, The American Statistician 37 (1983), for P parts of weight w = count_p / n.
+    LeVeque, The American Statistician 37 (1983), for P ranks of weight w = count_p / n. A rank with
+    a count of 0 is ignored, whatever its statistics.
 
-    A part with a count of 0 is ignored, whatever its statistics. A second pass adds the mean
-    residual to the mean, so that identical parts give exactly their mean. _RUN parts are taken at a
-    time, one per row of a tile.
+    The running statistics move by the same launch, with the unbiased variance, unless n is 0:
+    running = kept * running + momentum * batch.
 
     Args:
-        means_ptr, vars_ptr: (P, C), float32.
-        counts_ptr: (P,), float32.
+        table_ptr: (P, header_words + 2 C), float32, the messages of the ranks (`pack_stats`).
         mean_ptr, var_ptr, invstd_ptr: results (C,), float32.
         n_ptr: result (), float32, the sum of the counts.
+        running_mean_ptr, running_var_ptr: (C,), of any dtype, changed in place.
+        steps_ptr: (), int64, the number of steps that moved the running statistics.
+        count_word: place in the header of a rank's count: in two words, the first in units of 2^20.
+        momentum, kept: weights of the batch and of the running statistics, whose sum is 1.
+        RUNNING: "none": there are no running statistics; "moving": `steps` is counted up;
+            "average": they are the average of all steps, and `steps` counts this one already.
     """
-    parts = tl.arange(0, _RUN)
-    counted = tl.zeros((_RUN,), dtype=tl.float32)
-    for p in range(0, P, _RUN):
-        counted += tl.load(counts_ptr + p + parts, mask=p + parts < P, other=0.0)
-    n = tl.sum(counted, axis=0)
-    tl.store(n_ptr, n)
+    ranks = tl.arange(0, _RUN)
+    width = header_words + 2 * C
     for first in range(tl.program_id(0) * BLOCK, C, tl.num_programs(0) * BLOCK):
         index = first + tl.arange(0, BLOCK)
+        count = tl.zeros((_RUN, 1), dtype=tl.float32)
+        mean = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        var = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        for p in range(0, P, _RUN):
+            rank = p + ranks
+            counts = table_ptr + tl.cast(rank, tl.int64) * width + count_word
+            more = tl.load(counts, mask=rank < P, other=0.0) * 1048576.0
+            more += tl.load(counts + 1, mask=rank < P, other=0.0)
+            means = table_ptr + header_words
+            count, mean, var = _merged(
+                count, mean, var,
+                more[:, None],
+                _rows(means, rank, width, index, P, C),
+                _rows(means + C, rank, width, index, P, C),
+            )  # fmt: skip
+        n, mean, var = _merged_rows(count, mean, var)
         mask = index < C
-        means = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
-        for p in range(0, P, _RUN):
-            weight, full = _weights(counts_ptr, p + parts, P, n)
-            of_part = _of_parts(means_ptr, p + parts, index, P, C)
-            means += tl.where(full, of_part * weight, 0.0)
-        mean = tl.sum(means, axis=0)
-        shifts = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
-        for p in range(0, P, _RUN):
-            weight, full = _weights(counts_ptr, p + parts, P, n)
-            away = _of_parts(means_ptr, p + parts, index, P, C) - mean[None, :]
-            shifts += tl.where(full, away * weight, 0.0)
-        mean = _corrected(mean, tl.sum(shifts, axis=0))
-        variances = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
-        for p in range(0, P, _RUN):
-            weight, full = _weights(counts_ptr, p + parts, P, n)
-            away = _of_parts(means_ptr, p + parts, index, P, C) - mean[None, :]
-            of_part = _of_parts(vars_ptr, p + parts, index, P, C)
-            variances += tl.where(full, (of_part + away * away) * weight, 0.0)
-        var = tl.sum(variances, axis=0)
         tl.store(mean_ptr + index, mean, mask=mask)
         tl.store(var_ptr + index, var, mask=mask)
         tl.store(invstd_ptr + index, 1.0 / tl.sqrt(var + eps), mask=mask)
+        tl.store(n_ptr, n)
+        if RUNNING != "none":
+            if RUNNING == "average":
+                steps = tl.load(steps_ptr).to(tl.float32)
+                taken = 1.0 / tl.maximum(steps, 1.0)
+                left = (steps - 1.0) * taken
+            else:
+                taken = momentum
+                left = kept
+                if first == 0:  # one program only
+                    tl.store(steps_ptr, tl.load(steps_ptr) + (n > 0).to(tl.int64))
+            unbiased = var * (n / tl.maximum(n - 1.0, 1.0))
+            _move(running_mean_ptr, index, mask, mean, taken, left, n)
+            _move(running_var_ptr, index, mask, unbiased, taken, left, n)
 
 
 @triton.jit
-def _weights(counts_ptr, parts, P, n):
-    """The weights count / n of these parts, and whether a part has values; two columns."""
-    counts = tl.load(counts_ptr + parts, mask=parts < P, other=0.0)
-    return (counts / tl.maximum(n, 1.0))[:, None], (counts > 0)[:, None]
+def _rows(ptr, row, stride, index, P, C):
+    """A tile (rows, channels) of a table whose rows begin `stride` values apart."""
+    offsets = tl.cast(row, tl.int64)[:, None] * stride + index[None, :]
+    return tl.load(ptr + offsets, mask=(row < P)[:, None] & (index < C)[None, :], other=0.0)
 
 
 @triton.jit
-def _of_parts(ptr, parts, index, P, C):
-    """A tile (parts, channels) of a (P, C) tensor."""
-    offsets = tl.cast(parts, tl.int64)[:, None] * C + index[None, :]
-    return tl.load(ptr + offsets, mask=(parts < P)[:, None] & (index < C)[None, :], other=0.0)
+def _merged_rows(count, mean, var):
+    """n, mean and variance of all rows of a tile together.
+
+    A second pass adds the mean residual to the mean, so that identical rows give exactly that mean.
+    """
+    n = tl.sum(tl.reshape(count, (_RUN,)), axis=0)
+    weight = count / tl.maximum(n, 1.0)
+    total = tl.sum(mean * weight, axis=0)
+    shift = tl.sum(tl.where(count > 0, mean - total[None, :], 0.0) * weight, axis=0)
+    total = _corrected(total, shift)
+    away = tl.where(count > 0, mean - total[None, :], 0.0)
+    return n, total, tl.sum((var + away * away) * weight, axis=0)
+
+
+@triton.jit
+def _move(ptr, index, mask, batch, taken, left, n):
+    """Move a running statistic towards that of the batch, if there is one."""
+    old = tl.load(ptr + index, mask=mask, other=0.0).to(tl.float32)
+    new = tl.where(n > 0, left * old + taken * batch, old)
+    tl.store(ptr + index, new.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -311,16 +383,19 @@ def normalize(
         per_part, parts: see the module.
     """
     blocks, tiles = _extent(R, C, S, COLUMNS, BLOCK_R, BLOCK)
-    for item in range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
+    items = blocks * parts
+    for turn in range(tl.program_id(0), items, tl.num_programs(0)):
+        item = items - 1 - turn  # backwards, see the module
         block = item % blocks
         begin = (item // blocks) * per_part
+        end = tl.minimum(begin + per_part, tiles)
         index, channel_mask = _channels(block, C, COLUMNS, BLOCK)
         mean = _of_channels(mean_ptr, index, channel_mask, COLUMNS)
         scale = _of_channels(invstd_ptr, index, channel_mask, COLUMNS)
         scale *= _of_channels(weight_ptr, index, channel_mask, COLUMNS)
         bias = _of_channels(bias_ptr, index, channel_mask, COLUMNS)
-        for t in range(begin, tl.minimum(begin + per_part, tiles)):
-            offsets, mask = _tile(t, block, R, C, S, COLUMNS, BLOCK_R, BLOCK)
+        for step in range(begin, end):
+            offsets, mask = _tile(begin + end - 1 - step, block, R, C, S, COLUMNS, BLOCK_R, BLOCK)
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             y = (x - mean) * scale + bias
             tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -367,6 +442,39 @@ def reduce_grad(
         _store(sum_dy_xmu_ptr + part * C, index, channel_mask, sum_dy_xmu, COLUMNS, BLOCK)
 
 
+@triton.jit(do_not_specialize=["P"])
+def pack_grad(
+    sums_ptr, invstd_ptr, message_ptr, grad_weight_ptr, grad_bias_ptr, P, C, BLOCK: tl.constexpr
+):
+    """What a rank sends in the backward, and its gradients of weight and bias.
+
+    Args:
+        sums_ptr: (2, P, C), float32, both results of `reduce_grad`.
+        invstd_ptr: (C,), float32.
+        message_ptr: result (2 C + 1,), float32: sum_dy, sum_dy_xmu, and 0, the mark of a rank that
+            did not fail.
+        grad_weight_ptr, grad_bias_ptr: results (C,), of one dtype: invstd sum_dy_xmu and sum_dy.
+    """
+    parts = tl.arange(0, _RUN)
+    for first in range(tl.program_id(0) * BLOCK, C, tl.num_programs(0) * BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        sum_dy = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        sum_dy_xmu = tl.zeros((_RUN, BLOCK), dtype=tl.float32)
+        for p in range(0, P, _RUN):
+            sum_dy += _rows(sums_ptr, p + parts, C, index, P, C)
+            sum_dy_xmu += _rows(sums_ptr + P * C, p + parts, C, index, P, C)
+        total = tl.sum(sum_dy, axis=0)
+        total_xmu = tl.sum(sum_dy_xmu, axis=0)
+        mask = index < C
+        tl.store(message_ptr + index, total, mask=mask)
+        tl.store(message_ptr + C + index, total_xmu, mask=mask)
+        tl.store(message_ptr + 2 * C, 0.0)
+        dtype = grad_weight_ptr.dtype.element_ty
+        grad_weight = tl.load(invstd_ptr + index, mask=mask, other=0.0) * total_xmu
+        tl.store(grad_weight_ptr + index, grad_weight.to(dtype), mask=mask)
+        tl.store(grad_bias_ptr + index, total.to(dtype), mask=mask)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def input_grad(
     dy_ptr, x_ptr, mean_ptr, invstd_ptr, weight_ptr, sum_dy_ptr, sum_dy_xmu_ptr, n_ptr, dx_ptr,
@@ -387,9 +495,12 @@ def input_grad(
     """
     blocks, tiles = _extent(R, C, S, COLUMNS, BLOCK_R, BLOCK)
     n = tl.load(n_ptr)
-    for item in range(tl.program_id(0), blocks * parts, tl.num_programs(0)):
+    items = blocks * parts
+    for turn in range(tl.program_id(0), items, tl.num_programs(0)):
+        item = items - 1 - turn  # backwards, see the module
         block = item % blocks
         begin = (item // blocks) * per_part
+        end = tl.minimum(begin + per_part, tiles)
         index, channel_mask = _channels(block, C, COLUMNS, BLOCK)
         mean = _of_channels(mean_ptr, index, channel_mask, COLUMNS)
         invstd = _of_channels(invstd_ptr, index, channel_mask, COLUMNS)
@@ -397,8 +508,8 @@ def input_grad(
         mean_dy = _of_channels(sum_dy_ptr, index, channel_mask, COLUMNS) / n
         # In this order: invstd^2 may underflow where the product does not.
         slope = invstd * (_of_channels(sum_dy_xmu_ptr, index, channel_mask, COLUMNS) / n) * invstd
-        for t in range(begin, tl.minimum(begin + per_part, tiles)):
-            offsets, mask = _tile(t, block, R, C, S, COLUMNS, BLOCK_R, BLOCK)
+        for step in range(begin, end):
+            offsets, mask = _tile(begin + end - 1 - step, block, R, C, S, COLUMNS, BLOCK_R, BLOCK)
             dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             dx = (dy - mean_dy - (x - mean) * slope) * scale

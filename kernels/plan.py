@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 # Values in a tile. Arithmetic is float32 for every dtype of the data, so one size serves all.
@@ -14,12 +16,11 @@ TILE = {"ascend": 4096, "cuda": 2048}
 WIDTHS = (16, 64, 256, 1024)
 _ROWS = 16  # the fewest rows of a tile in the layout `columns`: _RUN of batch_norm.py
 
-CHANNELS = 128  # channels that a program of `combine` takes at a time
+CHANNELS = 128  # channels that a program of the kernels for messages takes at a time
 
-# Items per program. With several, the last round of a grid costs little. A reduction has one,
-# because its parts must be merged afterwards.
-_ROUNDS = 4
-_ROUNDS_OF_REDUCTION = 1
+_LONGEST_PART = 256  # tiles: _RUN runs of _RUN tiles
+_MOST_ROUNDS = 8  # parts that a program takes, unless there are more blocks of channels
+_BUSY = 0.9  # the share of the programs' time that should go into tiles
 
 _LARGEST_GRID = 65535  # Ascend's limit
 
@@ -41,14 +42,17 @@ class Plan(NamedTuple):
     programs: int  # the size of the grid
 
 
-def plan(shape: tuple[int, int, int], target: str, cores: int, reduction: bool) -> Plan:
-    """How to divide the work on x.
+@functools.lru_cache(maxsize=4096)
+def plan(shape: tuple[int, int, int], target: str, cores: int) -> Plan:
+    """How to divide the work on x: in the fewest parts that keep the programs busy.
+
+    A reduction gives numbers of each part, which must be merged. All kernels have the same parts,
+    so that one can begin where the one before it ended.
 
     Args:
         shape: (R, C, S) of x, each at least 1.
         target: "ascend" or "cuda".
         cores: the number of programs that the device runs at a time.
-        reduction: whether each part gives numbers that must be merged.
     """
     rows, channels, spatial = shape
     columns = spatial == 1
@@ -58,10 +62,25 @@ def plan(shape: tuple[int, int, int], target: str, cores: int, reduction: bool) 
         blocks, count = _ceil(channels, width), _ceil(rows, tiles.block_r)
     else:
         blocks, count = channels, _ceil(rows, tiles.block_r) * _ceil(spatial, width)
-    items = cores * (_ROUNDS_OF_REDUCTION if reduction else _ROUNDS)
-    per_part = _ceil(count, min(count, _ceil(items, blocks)))
+    programs = min(cores, _LARGEST_GRID)
+    per_part = _tiles_per_part(blocks, count, programs)
     parts = _ceil(count, per_part)
-    return Plan(tiles, per_part, parts, min(blocks * parts, cores, _LARGEST_GRID))
+    return Plan(tiles, per_part, parts, min(blocks * parts, programs))
+
+
+def _tiles_per_part(blocks: int, count: int, programs: int) -> int:
+    """How many of the `count` tiles of a block make a part."""
+    fewest = _ceil(count, _LONGEST_PART)
+    best, shortest = count, math.inf
+    for rounds in range(_MOST_ROUNDS + 1):
+        per_part = _ceil(count, min(count, max(fewest, rounds * programs // blocks)))
+        # Tiles that the busiest program takes, one after the other.
+        longest = _ceil(blocks * _ceil(count, per_part), programs) * per_part
+        if longest < shortest:
+            best, shortest = per_part, longest
+        if blocks * count >= _BUSY * shortest * programs:
+            break
+    return best
 
 
 def all_tiles(target: str) -> list[Tiles]:

@@ -31,8 +31,8 @@ def sources() -> str:
     return hashlib.sha256(b"".join((_HERE / name).read_bytes() for name in files)).hexdigest()
 
 
-def operations(library: Path = LIBRARY) -> Operations:
-    """The five operations on CPU tensors.
+def operations(library: Path = LIBRARY, header_words: int = 2, count_word: int = 0) -> Operations:
+    """The operations on CPU tensors; header_words and count_word: see `Operations`.
 
     Raises:
         RuntimeError: the library is missing, or was compiled from other kernels than these.
@@ -49,7 +49,7 @@ def operations(library: Path = LIBRARY) -> Operations:
     def launch(variant: Variant, programs: int, arguments: list[Any]) -> None:
         call(loaded, variant, programs, arguments)
 
-    return Operations(launch, _machine)
+    return Operations(launch, _machine, header_words, count_word)
 
 
 def call(library: ctypes.CDLL, variant: Variant, programs: int, arguments: list[Any]) -> None:

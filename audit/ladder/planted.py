@@ -25,8 +25,9 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "dropped count": Fault(
-        "means += tl.where(full, of_part * weight, 0.0)", "means += of_part * weight"
+        "tl.where(more_count > 0, more_mean, 0.0)", "tl.where(True, more_mean, 0.0)"
     ),
+    "swapped weights": Fault("left * old + taken * batch", "taken * old + left * batch"),
     "forgotten run": Fault("sum_dy += _sum(of_dy,", "sum_dy = _sum(of_dy,"),
     "flipped sign": Fault("y = (x - mean) * scale + bias", "y = (x + mean) * scale + bias"),
     "dropped mask": Fault("d = tl.where(mask, x - mean, 0.0)", "d = x - mean"),

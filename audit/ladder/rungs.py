@@ -28,7 +28,7 @@ from audit.ladder import (
 )
 from syncbn.kernels import batch_norm, twin
 from syncbn.kernels.plan import Tiles
-from syncbn.kernels.variants import DTYPES, LAYOUTS, Variant, variants
+from syncbn.kernels.variants import DTYPES, LAYOUTS, TILED, Variant, variants
 from syncbn.reference.ratio import THRESHOLD
 
 _FRONT_END = threading.Lock()
@@ -226,7 +226,7 @@ def _cells_of_ratios(rung: str, dtype: str, found: dict[str, dict[str, float]]) 
         return "" if ratio <= THRESHOLD else f"{ratio:.3g} times the bound"
 
     def place(kernel: str, layout: str) -> tuple[str, str]:
-        return ("channels", "fp32") if kernel == "combine" else (layout, dtype)
+        return (layout, dtype) if kernel in TILED else ("channels", dtype)
 
     return [
         Cell(kernel, *place(kernel, layout), rung, fault(ratio), ratio)

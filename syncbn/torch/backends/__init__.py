@@ -1,10 +1,11 @@
-"""The backends of the layer: the five operations each, and nothing else."""
+"""The backends of the layer: the five operations, and the messages that ranks send each other."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from typing import Protocol, cast
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +13,17 @@ from torch import Tensor
 from syncbn.backends import TORCH, choose
 
 
+class Running(NamedTuple):
+    """The running statistics of a layer, which a step changes in place."""
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,)
+    steps: Tensor | None  # (), int64: the steps that moved them
+    momentum: float | None  # weight of the newest batch; None for the average, which needs `steps`
+
+
 class Backend(Protocol):
-    """What a backend module provides.
+    """What a backend module provides: the five operations, and three on messages.
 
     x and dy are contiguous, of shape (R, C, S) with R * S >= 1 values per channel. Statistics,
     sums and parameters are (C,), in float32 or wider; weight and bias may be None. Nothing here
@@ -55,6 +65,35 @@ class Backend(Protocol):
         """dx = weight invstd (dy - sum_dy / n - (x - mean) invstd^2 sum_dy_xmu / n).
 
         The sums and n are those of the whole group.
+        """
+
+    def pack_stats(self, x: Tensor, header: Tensor) -> Tensor:
+        """The message of this rank in the forward: header, mean, var; (header words + 2 C,)."""
+
+    def combine_ranks(
+        self,
+        table: Tensor,
+        counts: Sequence[int] | None,
+        filled: bool,
+        eps: float,
+        running: Running | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """mean and invstd (C,) and n, of the messages (ranks, header words + 2 C) of all ranks.
+
+        The running statistics move, with the unbiased variance, unless n is 0.
+
+        Args:
+            table: with the counts in the headers, see `syncbn.protocol`.
+            counts: values per channel of each rank, or None if the host does not know them.
+            filled: whether the host knows that n is 2 or more.
+        """
+
+    def pack_grad(
+        self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The message of this rank in the backward, and its gradients of weight and bias.
+
+        The message is [sum dy, sum dy (x - mean), 0], (2 C + 1,). The gradients are of `dtype`.
         """
 
 

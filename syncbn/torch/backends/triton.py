@@ -17,6 +17,7 @@ import triton
 from syncbn.kernels import batch_norm
 from syncbn.kernels.operations import Operations
 from syncbn.kernels.variants import Variant
+from syncbn.protocol import COUNT_HIGH, HEADER_WORDS
 
 _PROGRAMS_OF_INTERPRETER = 3  # they take turns, but share the work as on a device
 _PROGRAMS_PER_MULTIPROCESSOR = 8  # CUDA: 32 warps; not tuned on a device
@@ -53,10 +54,13 @@ def _accelerator(device: torch.device) -> tuple[str, int]:
     )
 
 
-_operations = Operations(_launch, _machine)
+_operations = Operations(_launch, _machine, HEADER_WORDS, COUNT_HIGH)
 
 stats = _operations.stats
 combine = _operations.combine
 normalize = _operations.normalize
 reduce_grad = _operations.reduce_grad
 input_grad = _operations.input_grad
+pack_stats = _operations.pack_stats
+combine_ranks = _operations.combine_ranks
+pack_grad = _operations.pack_grad
