@@ -180,9 +180,9 @@ class Communicator:
         """The (M,) messages of all ranks as (ranks, M)."""
         if len(self.ranks) == 1:
             return message.unsqueeze(0)
-        table = message.new_empty(len(self.ranks), message.numel())
-        dist.all_gather(list(table.unbind(0)), message, group=self.group)
-        return table
+        table = message.new_empty(len(self.ranks) * message.numel())
+        _all_gather(table, message, group=self.group)
+        return table.view(len(self.ranks), -1)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of the ranks' values, in place."""
@@ -190,6 +190,10 @@ class Communicator:
             dist.all_reduce(values, group=self.group)
         return values
 
+
+# Into one tensor, which Gloo wants flat: into a list, an accelerator's transport copies each row.
+# PyTorch 2.13 has renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 ALONE = Communicator((0,), None)
 ALONE_KEY = "alone"
