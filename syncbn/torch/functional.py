@@ -86,22 +86,21 @@ def sync_batch_norm(
     if not isinstance(input, Tensor):
         input = torch.empty(0, device=given[0].device if given else None)
     group = key_of(process_group) if training else ALONE_KEY
-    mean, var, invstd, n = statistics(
+    mean, invstd, n = statistics(
         input,
         weight,
+        running_mean,
+        running_var,
+        num_batches_tracked if tracks else None,
         num_features,
         float(eps),
-        float(momentum) if tracks and momentum is not None else None,
+        None if momentum is None else float(momentum),
         dtype_name(given[0].dtype) if given else None,
-        tracks,
         _differentiates(input, weight, bias),
         problem,
         group,
         backend,
     )
-    # Before what is saved for the backward: activation checkpointing goes no further than that.
-    if running_mean is not None and running_var is not None:
-        _update_running(running_mean, running_var, num_batches_tracked, momentum, mean, var, n)
     return normalize(input, weight, bias, mean, invstd, n, group, backend)
 
 
@@ -143,28 +142,3 @@ def _problem(input: Any, vectors: Mapping[str, Tensor | None], num_features: int
                 f"{vector.device}"
             )
     return ""
-
-
-@torch.no_grad()
-def _update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    mean: Tensor,
-    var: Tensor,
-    n: Tensor,
-) -> None:
-    """Move the running statistics, unless the whole group was empty; the host need not know n."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(n > 0)
-    taken: float | Tensor
-    if momentum is not None:
-        taken = float(momentum)  # on the host: in float32, 1 - 0.999 has four digits left
-    else:
-        assert num_batches_tracked is not None
-        taken = 1 / num_batches_tracked.clamp(min=1).to(n.dtype)
-    unbiased = var * (n / (n - 1).clamp(min=1))
-    for buffer, batch in ((running_mean, mean), (running_var, unbiased)):
-        moved = (1 - taken) * buffer.to(n.dtype) + taken * batch
-        buffer.copy_(torch.where(n > 0, moved, buffer.to(n.dtype)))

@@ -25,8 +25,9 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from syncbn.contract import check_count
 from syncbn.torch import layout, step
-from syncbn.torch.backends import statistics_dtype
+from syncbn.torch.backends import Running, statistics_dtype
 from syncbn.torch.groups import ALONE_KEY, Communicator
+from syncbn.torch.messages import move
 
 _library = torch.library.Library("syncbn", "DEF")
 
@@ -39,7 +40,7 @@ def statistics(x: Tensor, weight: Tensor | None, *given: Any) -> tuple[Tensor, .
         if torch._C._are_functorch_transforms_active():
             return _transformed_statistics(x, weight, *given)
         if x.is_meta or isinstance(x, FakeTensor):
-            num_features, *_, problem, _, _ = given
+            _, _, _, num_features, *_, problem, _, _ = given
             step.raise_problem(problem)
             step.check_input(x, num_features, weight)
     with torch.no_grad():
@@ -71,7 +72,15 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _transformed_statistics(
-    x: Tensor, weight: Tensor | None, num_features: int, eps: float, *given: Any
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    num_features: int,
+    eps: float,
+    momentum: float | None,
+    *given: Any,
 ) -> tuple[Tensor, ...]:
     *_, problem, group, _ = given
     if len(Communicator.of_key(group).ranks) > 1:
@@ -88,7 +97,10 @@ def _transformed_statistics(
     dims, per_channel = _per_channel(x)
     mean = values.sum(dims) / max(count, 1)
     var = (values - mean.view(per_channel)).square().sum(dims) / max(count, 1)
-    return mean, var, (var + eps).rsqrt(), mean.new_full((), count)
+    if running_mean is not None and running_var is not None and count:
+        running = Running(running_mean, running_var, num_batches_tracked, momentum)
+        move(running, mean, var * (count / max(count - 1, 1)))
+    return mean, (var + eps).rsqrt(), mean.new_full((), count)
 
 
 def _transformed_normalize(
@@ -113,9 +125,11 @@ def _per_channel(x: Tensor) -> tuple[list[int], list[int]]:
 # Shapes, dtypes and strides of the results, for tensors without data
 
 
-def _fake_statistics(x: Tensor, weight: Any, num_features: int, *_: Any) -> tuple[Tensor, ...]:
+def _fake_statistics(
+    x: Tensor, weight: Any, mean: Any, var: Any, steps: Any, num_features: int, *_: Any
+) -> tuple[Tensor, ...]:
     mean = x.new_empty(num_features, dtype=statistics_dtype(x.device))
-    return mean, torch.empty_like(mean), torch.empty_like(mean), mean.new_empty(())
+    return mean, torch.empty_like(mean), mean.new_empty(())
 
 
 def _fake_normalize(x: Tensor, *_: Any) -> Tensor:
@@ -174,9 +188,10 @@ def _define_in_order(arguments: str, results: str, function: Any, fake: Any) -> 
 
 
 _STATISTICS = (
-    "Tensor x, Tensor? weight, int num_features, float eps, float? momentum, str? dtype, "
-    "bool tracks, bool differentiates, str problem, str group, str backend",
-    "Tensor mean, Tensor var, Tensor invstd, Tensor n",
+    "Tensor x, Tensor? weight, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, int num_features, float eps, float? momentum, str? dtype, "
+    "bool differentiates, str problem, str group, str backend",
+    "Tensor mean, Tensor invstd, Tensor n",
     step.statistics,
     _fake_statistics,
 )
@@ -244,7 +259,7 @@ def _saved(ctx: Any, sums: int) -> tuple[Any, ...]:
         saved: tuple[Any, ...] = ctx.saved_tensors
     except Exception as error:
         num_features, dtype, device = ctx.statistics
-        nothing = torch.zeros(sums, num_features, dtype=dtype, device=device)
+        nothing = torch.zeros(sums * num_features + 1, dtype=dtype, device=device)
         step.sum_over_ranks(nothing, error, Communicator.of_key(ctx.group))
         raise
     return saved

@@ -10,7 +10,6 @@ accelerator the others see the mark only with SYNCBN_DEBUG=1, because the host w
 
 from __future__ import annotations
 
-import functools
 from typing import NoReturn
 
 import torch
@@ -21,8 +20,9 @@ from syncbn.backends import TORCH, choose
 from syncbn.contract import FLOATING, check_count, check_input_dtype, check_shape
 from syncbn.protocol import COUNT_HIGH, COUNT_LOW, HEADER_WORDS, MARK
 from syncbn.torch import backends, layout
-from syncbn.torch.backends import may_sync_host, statistics_dtype
+from syncbn.torch.backends import Running, may_sync_host, statistics_dtype
 from syncbn.torch.groups import ALONE_KEY, Communicator
+from syncbn.torch.messages import constant
 
 DTYPES = tuple(getattr(torch, name) for name in FLOATING)
 
@@ -36,24 +36,27 @@ _BACKENDS = tuple(TORCH)
 def statistics(
     x: Tensor,
     weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     num_features: int,
     eps: float,
     momentum: float | None,
     dtype: str | None,
-    tracks: bool,
     differentiates: bool,
     problem: str,
     group: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, biased var, 1 / sqrt(var + eps), (C,) each, of the n values (a scalar) of the group.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """mean and 1 / sqrt(var + eps), (C,) each, of the n values (a scalar) of the group.
 
-    By one all_gather.
+    By one all_gather. The running statistics move, unless the whole group is empty.
 
     Args:
         x: (N, C, +).
         weight: for its dtype and device.
-        momentum, dtype, tracks: of the layer. The ranks must agree in them, in eps and in C.
+        running_mean, running_var, num_batches_tracked: changed in place, or None.
+        momentum, dtype: of the layer. The ranks must agree in them, in eps and in C.
         differentiates: whether a backward of this rank will reach the step.
         problem: what is wrong with the call: type and text of an error, or "".
         group, backend: see `Communicator.of_key` and `backends.load`.
@@ -66,44 +69,49 @@ def statistics(
     """
     communicator = Communicator.of_key(group)
     device = device_of_step(x, weight)
-    local = torch.zeros(2, num_features, dtype=statistics_dtype(device), device=device)
     error: Exception | None = None
     count = 0
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = Running(running_mean, running_var, num_batches_tracked, momentum)
     with torch.no_grad():
         try:
             raise_problem(problem)
             check_input(x, num_features, weight)
             operations = backends.load(backend, device)
             count = x.numel() // num_features
-            if count:
-                rows = layout.to_rows(x, layout.is_channels_last(x))
-                local = torch.stack(operations.stats(rows)).to(local.dtype)
-                torch.empty_like(rows)  # memory for y, which the allocator keeps
             settings = protocol.Settings(
                 num_features,
                 eps,
-                momentum,
+                momentum if running else None,
                 dtype,
                 weight is not None,
-                tracks,
+                running is not None,
                 choose(TORCH, backend, device.type).name,
             )
             mark = protocol.BACKWARD if differentiates else protocol.NOTHING
-            header = protocol.header(mark, count, settings, _BACKENDS)
+            words = protocol.header(mark, count, settings, _BACKENDS)
+            header = constant(tuple(words), statistics_dtype(device), device)
+            if count:
+                rows = layout.to_rows(x, layout.is_channels_last(x))
+                message = operations.pack_stats(rows, header).to(header.dtype)
+                torch.empty_like(rows)  # memory for y, which the allocator keeps
+            else:
+                message = torch.cat([header, header.new_zeros(2 * num_features)])
         except Exception as caught:
             error = caught
-            header = [protocol.FAIL] + [0.0] * (HEADER_WORDS - 1)
+            length = HEADER_WORDS + 2 * num_features
+            message = torch.zeros(length, dtype=statistics_dtype(device), device=device)
+            message[MARK] = protocol.FAIL
         if len(communicator.ranks) > 1:
-            table = _gather(header, local.flatten(), error, communicator)
-            counts = table[:, COUNT_HIGH] * protocol.COUNT_WORD + table[:, COUNT_LOW]
-            means, variances = table[:, HEADER_WORDS:].view(-1, 2, num_features).unbind(1)
-            return operations.combine(means, variances, counts, eps)
-        if error:
+            table, counts = _gather(message, error, communicator)
+        elif error:
             raise error
-        if group != ALONE_KEY:
-            check_count(count)
-        mean, var = local.unbind(0)
-        return mean.clone(), var.clone(), (var + eps).rsqrt(), mean.new_full((), count)
+        else:
+            if group != ALONE_KEY:
+                check_count(count)
+            table, counts = message.unsqueeze(0), [count]
+        return operations.combine_ranks(table, counts, count > 1, eps, running)
 
 
 def normalize(
@@ -147,26 +155,30 @@ def backward(
     communicator = Communicator.of_key(group)
     error: Exception | None = None
     with torch.no_grad():
-        sums = torch.zeros(2, mean.numel(), dtype=mean.dtype, device=mean.device)
+        parameter_dtype = mean.dtype if weight is None else weight.dtype
+        message = grad_weight = grad_bias = None
         try:
             if x.numel():
                 operations = backends.load(backend, x.device)
                 channels_last = layout.is_channels_last(x)
                 rows, dy_rows = layout.to_rows(x, channels_last), layout.to_rows(dy, channels_last)
-                sums = torch.stack(operations.reduce_grad(dy_rows, rows, mean)).to(mean.dtype)
+                message, grad_weight, grad_bias = operations.pack_grad(
+                    dy_rows, rows, mean, invstd, parameter_dtype
+                )
                 torch.empty_like(rows)  # memory for dx, which the allocator keeps
         except Exception as caught:
             error = caught
-        of_group = sum_over_ranks(sums, error, communicator)
-        parameter_dtype = mean.dtype if weight is None else weight.dtype
-        grad_weight = (sums[1] * invstd).to(parameter_dtype)
-        grad_bias = sums[0].to(parameter_dtype, copy=True)
+        if message is None or grad_weight is None or grad_bias is None or error:
+            message = mean.new_zeros(2 * mean.numel() + 1)
+            grad_weight = torch.zeros_like(mean, dtype=parameter_dtype)
+            grad_bias = torch.zeros_like(grad_weight)
+        sums = sum_over_ranks(message.to(mean.dtype), error, communicator)
         if not wants_x:
             dx = x.new_empty(0)
         elif not x.numel():
             dx = layout.empty_like(x)
         else:
-            sum_dy, sum_dy_xmu = of_group
+            sum_dy, sum_dy_xmu = sums.view(2, -1).unbind(0)
             dx = operations.input_grad(dy_rows, rows, mean, invstd, weight, sum_dy, sum_dy_xmu, n)
             dx = layout.restored(dx, x)
         return dx, grad_weight, grad_bias
@@ -201,7 +213,7 @@ def double_backward(
     communicator = Communicator.of_key(group)
     error: Exception | None = None
     with torch.no_grad():
-        sums = torch.zeros(7, mean.numel(), dtype=mean.dtype, device=mean.device)
+        message = mean.new_zeros(7 * mean.numel() + 1)
         try:
             channels_last = layout.is_channels_last(x)
             zeros = torch.zeros_like(mean)
@@ -217,12 +229,11 @@ def double_backward(
             sum_d, sum_dc, sum_g, sum_gc, sum_gd = (
                 t.sum((0, 2)) for t in (d, d * c, g, g * c, g * d)
             )
-            sums = torch.stack(
-                [sum_d, sum_dc, w * sum_g, w * sum_gc, w * sum_gd, u * sum_d, u * sum_dc]
-            )
+            sums = [sum_d, sum_dc, w * sum_g, w * sum_gc, w * sum_gd, u * sum_d, u * sum_dc]
+            message = torch.cat([*sums, zeros[:1]])
         except Exception as caught:
             error = caught
-        means = sum_over_ranks(sums, error, communicator) / n.clamp(min=1)
+        means = (sum_over_ranks(message, error, communicator) / n.clamp(min=1)).view(7, -1)
         e_d, e_dc, e_g, e_gc, e_gd, e_ud, e_udc = means.view(7, 1, -1, 1)
         grad_weight = invstd * (sum_gd - means[0] * sum_g - invstd.square() * means[1] * sum_gc)
         s, w, u, v = (t.view(1, -1, 1) for t in (invstd, w, u, v))
@@ -270,39 +281,45 @@ def raise_problem(problem: str) -> None:
 
 
 def _gather(
-    header: list[float], local: Tensor, error: Exception | None, communicator: Communicator
-) -> Tensor:
-    """The messages of all ranks, (ranks, HEADER_WORDS + 2 C), none of which has failed."""
-    words = _constant(tuple(header), local.dtype, local.device)
-    if not may_sync_host(local.device):
-        table = communicator.all_gather(torch.cat([words, local]))
+    message: Tensor, error: Exception | None, communicator: Communicator
+) -> tuple[Tensor, list[int] | None]:
+    """The messages of all ranks, none of which has failed, and their counts if they were read."""
+    if not may_sync_host(message.device):
+        table = communicator.all_gather(message)
         if error:
             raise error
-        return table
-    inline, rest = local[: 2 * INLINE_CHANNELS], local[2 * INLINE_CHANNELS :]
-    unused = _constant((0.0,) * (2 * INLINE_CHANNELS - inline.numel()), local.dtype, local.device)
-    table = communicator.all_gather(torch.cat([words, inline, unused]))
-    _check_together(table[:, :HEADER_WORDS].tolist(), error, local.device, communicator)
-    table = table[:, : HEADER_WORDS + inline.numel()]
+        return table, None
+    length = HEADER_WORDS + 2 * INLINE_CHANNELS
+    inline, rest = message[:length], message[length:]
+    unused = constant((0.0,) * (length - inline.numel()), message.dtype, message.device)
+    table = communicator.all_gather(torch.cat([inline, unused]))
+    headers = table[:, :HEADER_WORDS].tolist()
+    counts = _check_together(headers, error, message.device, communicator)
+    table = table[:, : inline.numel()]
     if rest.numel():  # of the same length on all ranks, because they agree in num_features
         table = torch.cat([table, communicator.all_gather(rest)], 1)
-    return table
+    return table, counts
 
 
-def sum_over_ranks(sums: Tensor, error: Exception | None, communicator: Communicator) -> Tensor:
-    """The sums of all ranks, none of which has failed. `sums` keeps those of this rank."""
+def sum_over_ranks(message: Tensor, error: Exception | None, communicator: Communicator) -> Tensor:
+    """The sums of all ranks, none of which has failed.
+
+    Args:
+        message: this rank's sums and a 0, the place of its mark; changed in place.
+    """
     if len(communicator.ranks) == 1:
         if error:
             raise error
-        return sums
-    mark = _constant((float(error is not None),), sums.dtype, sums.device)
-    reduced = communicator.all_reduce(torch.cat([sums.flatten(), mark]))
-    if not may_sync_host(sums.device):
+        return message[:-1]
+    if error:
+        message[-1] = 1
+    communicator.all_reduce(message)
+    if not may_sync_host(message.device):
         if error:
             raise error
-    elif reduced[-1].item():
-        _raise_together(error, sums.device, communicator)
-    return reduced[:-1].view(sums.shape)
+    elif message[-1].item():
+        _raise_together(error, message.device, communicator)
+    return message[:-1]
 
 
 def _check_together(
@@ -310,8 +327,8 @@ def _check_together(
     error: Exception | None,
     device: torch.device,
     communicator: Communicator,
-) -> None:
-    """Raise on every rank if the headers of all ranks show that the step must fail."""
+) -> list[int]:
+    """The counts of all ranks. Raises on every rank if their headers show that the step fails."""
     found = protocol.verdict([row[MARK] for row in headers], communicator.ranks)
     if found.failed:
         _raise_together(error, device, communicator)
@@ -319,7 +336,9 @@ def _check_together(
         raise ValueError(differs)
     if found.idle:
         raise RuntimeError(protocol.nothing_to_differentiate(found.idle))
-    check_count(sum(int(row[COUNT_HIGH] * protocol.COUNT_WORD + row[COUNT_LOW]) for row in headers))
+    counts = [int(row[COUNT_HIGH] * protocol.COUNT_WORD + row[COUNT_LOW]) for row in headers]
+    check_count(sum(counts))
+    return counts
 
 
 def _raise_together(
@@ -336,10 +355,3 @@ def _raise_together(
     texts = [protocol.decode_error(bytes(row)) for row in rows]
     failed = [(rank, text) for rank, text in zip(communicator.ranks, texts, strict=True) if text]
     raise protocol.peer_error(*zip(*failed, strict=True))
-
-
-@functools.lru_cache(maxsize=1024)
-def _constant(words: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that is sent to the device once, not in every step. It must not be changed."""
-    with torch.inference_mode(False):
-        return torch.tensor(words, dtype=dtype, device=device)

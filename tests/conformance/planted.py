@@ -13,20 +13,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn import functional as differentiable
 
-from syncbn.torch import SyncBatchNorm, functional
+from syncbn.torch import SyncBatchNorm
+from syncbn.torch.backends import composed
 
 
 class LocalCount(SyncBatchNorm):
     """running_var is made unbiased with the rank's own count, as in PyTorch issue 22192."""
 
     def forward(self, input: Tensor) -> Tensor:
-        def own_count(*arguments: Any) -> None:
-            *others, n = arguments
-            local = torch.full_like(n, max(input.numel() // input.shape[1], 1))
-            update(*others, torch.where(n > 0, local, n))
+        def own_count(table: Tensor, counts: list[int], *rest: Any) -> Any:
+            running = rest[-1]
+            if running is None:
+                return combine(table, counts, *rest)
+            before = running.var.clone()
+            result = combine(table, counts, *rest)
+            own, n = (count / max(count - 1, 1) for count in (counts[dist.get_rank()], sum(counts)))
+            moved = running.var - (1 - running.momentum) * before
+            running.var.add_(moved * (own / n - 1))
+            return result
 
-        update: Any = functional._update_running
-        with mock.patch.object(functional, "_update_running", own_count):
+        combine: Any = composed.combine_ranks
+        with mock.patch.object(composed, "combine_ranks", own_count):
             return super().forward(input)
 
 

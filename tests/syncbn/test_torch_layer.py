@@ -28,9 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn import reference
 from syncbn.reference import Bounded, bounds, formulas
-from syncbn.torch import SyncBatchNorm, functional
+from syncbn.torch import SyncBatchNorm, functional, messages
 from syncbn.torch import step as training_step
-from syncbn.torch.backends import aten, composed, load
+from syncbn.torch.backends import Running, aten, composed, load
 from syncbn.torch.groups import Communicator
 from tests.syncbn.torch_layers import (
     assert_step,
@@ -502,8 +502,7 @@ class TestTraining:
     def test_momentum_near_one_beside_float32_statistics(self) -> None:
         """As on Ascend. In float32, 1 - 0.999 has four digits left."""
         mean, var = torch.full((3,), 5.0), torch.full((3,), 7.0)
-        zeros, n = torch.zeros(3), torch.tensor(8.0)
-        functional._update_running(mean, var, None, 0.999, zeros, zeros, n)
+        messages.move(Running(mean, var, None, 0.999), torch.zeros(3), torch.zeros(3))
         for buffer, old in ((mean, 5.0), (var, 7.0)):
             expected = torch.full((3,), (1 - 0.999) * old)
             torch.testing.assert_close(buffer, expected, rtol=2.0**-22, atol=0.0)

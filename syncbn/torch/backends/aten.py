@@ -19,8 +19,8 @@ raise is kept from the user:
   from each value. It gets x as it is, except images of halves, which are copied to float32:
   for them it rounds its partial sums to the half type (PyTorch 2.11, on an H100: 100 times the
   bound of 20 values, and -inf where the sum of dy exceeds 65504).
-- batch_norm_backward_elemt takes int32 counts on CUDA, which end at 2^31: it gets means for its
-  sums, and a count of 1.
+- batch_norm_backward_elemt takes int32 counts on CUDA, which end at 2^31: there it gets means for
+  its sums, and a count of 1. aclnn's takes a count of float32.
 
 What remains: the kernels add up squares, and sums of squares beyond 3.4e38 are inf in float32, as
 1000 values of a deviation of 1e18 have.
@@ -37,9 +37,21 @@ import functools
 import torch
 from torch import Tensor
 
+from syncbn.torch import messages
 from syncbn.torch.backends.composed import combine
+from syncbn.torch.messages import combine_ranks, constant
 
-__all__ = ["DEVICES", "combine", "input_grad", "normalize", "reduce_grad", "stats"]
+__all__ = [
+    "DEVICES",
+    "combine",
+    "combine_ranks",
+    "input_grad",
+    "normalize",
+    "pack_grad",
+    "pack_stats",
+    "reduce_grad",
+    "stats",
+]
 
 DEVICES = ("cuda", "npu")
 
@@ -51,6 +63,16 @@ def stats(x: Tensor) -> tuple[Tensor, Tensor]:
         return mean, var
     mean, invstd = torch.batch_norm_stats(x.float() if x.dtype == torch.bfloat16 else x, 0.0)
     return mean, invstd.reciprocal().square()
+
+
+def pack_stats(x: Tensor, header: Tensor) -> Tensor:
+    return messages.pack_stats(header, *stats(x))
+
+
+def pack_grad(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return messages.pack_grad(*reduce_grad(dy, x, mean), invstd, dtype)
 
 
 def normalize(
@@ -68,10 +90,10 @@ def normalize(
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     _check(x)
     mean = mean.to(_accumulating(x))
-    ones = torch.ones_like(mean)
+    ones = constant((1.0,) * mean.numel(), mean.dtype, mean.device)
     if not x.is_cuda:
-        x, dy = x.float() - mean.view(1, -1, 1), dy.float()
-        mean = torch.zeros_like(mean)
+        x, dy = x - mean.view(1, -1, 1), dy.float()  # in float32 for halves, by one launch
+        mean = constant((0.0,) * mean.numel(), mean.dtype, mean.device)
     elif x.shape[2] > 1:
         x, dy = (t.to(mean.dtype) for t in (x, dy))
     sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
@@ -92,15 +114,22 @@ def input_grad(
 ) -> Tensor:
     _check(x)
     dtype = _accumulating(x)
+    count = n.to(dtype).view(1)
+    if x.is_cuda:
+        sum_dy, sum_dy_xmu, count = (
+            sum_dy / n,
+            sum_dy_xmu / n,
+            constant((1,), torch.int32, x.device),
+        )
     return torch.batch_norm_backward_elemt(
         dy,
         x,
         mean.to(dtype),
         invstd.to(dtype),
         None if weight is None else weight.to(dtype),
-        (sum_dy / n).to(dtype),
-        (sum_dy_xmu / n).to(dtype),
-        torch.ones(1, dtype=torch.int32, device=x.device),
+        sum_dy.to(dtype),
+        sum_dy_xmu.to(dtype),
+        count,
     )
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from syncbn.torch import messages
 from syncbn.torch.backends import may_sync_host, statistics_dtype
 
 _BLOCK = 64  # longest column that is added up in float32: an error of 64 u at the very worst
@@ -60,6 +61,19 @@ def combine(
     mean = (weights * means).sum(0)
     var = (weights * (variances + (means - mean).square())).sum(0)
     return mean, var, (var + eps).rsqrt(), n
+
+
+combine_ranks = messages.combine_ranks
+
+
+def pack_stats(x: Tensor, header: Tensor) -> Tensor:
+    return messages.pack_stats(header, *stats(x))
+
+
+def pack_grad(
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return messages.pack_grad(*reduce_grad(dy, x, mean), invstd, dtype)
 
 
 def normalize(

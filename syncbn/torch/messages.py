@@ -1,0 +1,106 @@
+"""What ranks send each other and make of it, in ATen's operations: few, on small vectors.
+
+The functions stand for those of the same name in `syncbn.torch.backends.Backend`, for a backend
+without kernels of its own for them. On an accelerator each operation is a launch, which costs the
+host more than these vectors cost the device. Vectors that do not change are sent there once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from syncbn.protocol import COUNT_HIGH, COUNT_LOW, COUNT_WORD, HEADER_WORDS
+from syncbn.torch.backends import Running
+
+# Below it, r + f (b - r), as `lerp_` forms it, is within the bound of (1 - f) r + f b.
+_LERP = 0.5
+
+
+@functools.lru_cache(maxsize=1024)
+def constant(words: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector that is sent to the device once, not in every step. It must not be changed."""
+    with torch.inference_mode(False):
+        return torch.tensor(words, dtype=dtype).to(device)
+
+
+def pack_stats(header: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """The message [header, mean, var]."""
+    return torch.cat([header, mean.to(header.dtype), var.to(header.dtype)])
+
+
+def combine_ranks(
+    table: Tensor, counts: Sequence[int] | None, filled: bool, eps: float, running: Running | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    means, variances = table[:, HEADER_WORDS:].view(len(table), 2, -1).unbind(1)
+    n, weights = _weights(table, counts, filled)
+    mean = (weights[:, :1] * means).sum(0)
+    away = means - mean
+    squares = torch.addcmul(variances, away, away)
+    var, unbiased = (weights.unsqueeze(2) * squares.unsqueeze(1)).sum(0).unbind(0)
+    if running is not None:
+        move(running, mean, unbiased, None if filled else n > 0)
+    return mean, (var + eps).rsqrt(), n
+
+
+def pack_grad(
+    sum_dy: Tensor, sum_dy_xmu: Tensor, invstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The message [sum_dy, sum_dy_xmu, 0], and the gradients of weight and bias."""
+    vectors = [sum_dy.to(invstd.dtype), sum_dy_xmu.to(invstd.dtype)]
+    message = torch.cat([*vectors, constant((0.0,), invstd.dtype, invstd.device)])
+    return message, (vectors[1] * invstd).to(dtype), sum_dy.to(dtype)
+
+
+def _weights(table: Tensor, counts: Sequence[int] | None, filled: bool) -> tuple[Tensor, Tensor]:
+    """n, the sum of the counts, and (ranks, 2): each count over n and over n - 1."""
+    if counts is not None:
+        n = sum(counts)
+        words = [count / max(total, 1) for count in counts for total in (n, n - 1)]
+        weights = constant(tuple(words), table.dtype, table.device)
+        return table.new_full((), n), weights.view(-1, 2)
+    own = torch.add(table[:, COUNT_LOW], table[:, COUNT_HIGH], alpha=COUNT_WORD)
+    total = own.sum()
+    divisors = total - constant((0.0, 1.0), table.dtype, table.device)
+    if not filled:
+        divisors = divisors.clamp(min=1)
+    return total, own.unsqueeze(1) / divisors
+
+
+@torch.no_grad()
+def move(running: Running, mean: Tensor, unbiased: Tensor, if_filled: Tensor | None = None) -> None:
+    """Move the running statistics; if `if_filled` is given, only where it holds.
+
+    The ranks of a group must get equal bits, so that both ways do the same operations.
+    """
+    taken: float | Tensor
+    if running.steps is not None:
+        running.steps.add_(1 if if_filled is None else if_filled)
+    if running.momentum is None:
+        assert running.steps is not None
+        taken = running.steps.clamp(min=1).to(mean.dtype).reciprocal()
+    else:
+        taken = running.momentum
+    for buffer, batch in ((running.mean, mean), (running.var, unbiased)):
+        if if_filled is None:
+            _move_one(buffer, batch, taken)
+        else:
+            moved = buffer.clone()
+            _move_one(moved, batch, taken)
+            buffer.copy_(torch.where(if_filled, moved, buffer))
+
+
+def _move_one(buffer: Tensor, batch: Tensor, taken: float | Tensor) -> None:
+    """buffer = (1 - taken) buffer + taken batch, rounded once to the dtype of the buffer.
+
+    1 - taken is formed on the host where it can be: in float32, 1 - 0.999 has four digits left.
+    """
+    if buffer.dtype == batch.dtype and not (isinstance(taken, float) and taken >= _LERP):
+        buffer.lerp_(batch, taken)
+    elif buffer.dtype == torch.float32 and isinstance(taken, float):
+        buffer.mul_(1 - taken).add_(batch, alpha=taken)
+    else:
+        buffer.copy_((1 - taken) * buffer.to(batch.dtype) + taken * batch)
