@@ -405,7 +405,7 @@ class ModifiesInput(Fault):
     Source: open-mmlab/mmdetection3d#1435.
     """
 
-    dies_in = ("FWD-2",)
+    dies_in = ("FWD-9",)
 
     def normalize(
         self, x: Array, stats: Statistics, weight: Array | None, bias: Array | None
@@ -431,7 +431,7 @@ class ContiguousOutput(Fault):
     Source: Ascend/pytorch: torch_npu/utils/syncbatchnorm.py, layout.
     """
 
-    dies_in = ("FWD-2",)
+    dies_in = ("FWD-9",)
     frameworks = ("torch",)  # MindSpore has no memory format on CPU
     keeps_format = False
 
@@ -776,7 +776,7 @@ class ContiguousGradient(Fault):
     Source: pytorch/pytorch#107199.
     """
 
-    dies_in = ("GRAD-1",)
+    dies_in = ("FWD-9",)
     frameworks = ("torch",)  # MindSpore has no memory format on CPU
     keeps_gradient_format = False
 
@@ -824,7 +824,7 @@ class UntrackedEvalOfGroup(Fault):
     Source: pytorch/pytorch#48988; pytorch/pytorch#56982.
     """
 
-    dies_in = ("TRACK-2",)
+    dies_in = ("TRACK-3",)
 
     def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
         if state.running_mean is not None:

@@ -1,4 +1,4 @@
-"""How the layer is built: CTOR-1 to CTOR-6, and the arguments that it refuses: ERR-1 to ERR-8."""
+"""How the layer is built: CTOR-1 to CTOR-7, and the arguments that it refuses: ERR-1 to ERR-8."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from syncbn.conformance.case import Step
 from syncbn.conformance.cases.build import GRADIENTS, MOVED, Draft, case, cases_of, uneven
+
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 @cases_of("CTOR-1")
@@ -17,19 +19,19 @@ def constructors(ranks: int) -> Iterator[Draft]:
 @cases_of("CTOR-2")
 def affine(ranks: int) -> Iterator[Draft]:
     for on in (True, False):
-        yield _constructed(f"affine={on}", {"affine": on})
+        yield _constructed({"affine": on}, "parameters")
 
 
 @cases_of("CTOR-3")
 def tracking(ranks: int) -> Iterator[Draft]:
     for on in (True, False):
-        yield _constructed(f"track_running_stats={on}", {"track_running_stats": on})
+        yield _constructed({"track_running_stats": on}, "parameters")
 
 
 @cases_of("CTOR-4")
 def dtypes(ranks: int) -> Iterator[Draft]:
-    for dtype in (None, "float32", "float16", "bfloat16", "float64"):
-        yield _constructed(f"dtype={dtype}", {"dtype": dtype})
+    for dtype in _DTYPES:
+        yield _constructed({"dtype": dtype}, "parameters")
 
 
 @cases_of("CTOR-5")
@@ -73,12 +75,20 @@ def live_attributes(ranks: int) -> Iterator[Draft]:
     yield case(title, off, evaluate, on, checks=checks)
 
 
+@cases_of("CTOR-7")
+def starts(ranks: int) -> Iterator[Draft]:
+    for on in (True, False):
+        yield _constructed({"affine": on}, "initial_values")
+        yield _constructed({"track_running_stats": on}, "initial_values")
+    yield _constructed({"dtype": None}, "parameters", "statistics_dtype", "initial_values")
+    for dtype in _DTYPES:
+        yield _constructed({"dtype": dtype}, "statistics_dtype", "initial_values")
+
+
 @cases_of("ERR-1")
 def wrong_num_features(ranks: int) -> Iterator[Draft]:
-    for value in (3.0, "3", None, True, [3]):
+    for value in (3.0, "3", None, [3]):
         yield _refused("TypeError", num_features=value)
-    integer = {"num_features": {"numpy": "int64", "value": 4}}
-    yield _accepted(integer)
 
 
 @cases_of("ERR-2")
@@ -97,7 +107,7 @@ def too_few_features(ranks: int) -> Iterator[Draft]:
 def momentum_range(ranks: int) -> Iterator[Draft]:
     for value in (1.5, -0.1, {"float": "nan"}):
         yield _refused("ValueError", momentum=value)
-    for limit in (0, 1, 0.0, 1.0, None):
+    for limit in (0.0, 1.0):
         yield _accepted({"momentum": limit})
 
 
@@ -121,11 +131,19 @@ def wrong_arguments(ranks: int) -> Iterator[Draft]:
         ("ValueError", {"eps": {"float": "nan"}}),
     ):
         yield _refused(error, **arguments)
+    yield _refused("TypeError", num_features=True)
+    yield _accepted({"num_features": {"numpy": "int64", "value": 4}})
+    for momentum in (0, 1, None):
+        yield _accepted({"momentum": momentum})
+    for momentum in (0, 1):
+        step = Step(uneven(ranks, 3, 4), backward=False)
+        title = f"momentum={momentum}, an int, 2 steps"
+        yield case(title, step, step, layer={"momentum": momentum}, checks=("running_mean",))
 
 
-def _constructed(title: str, layer: dict[str, Any]) -> Draft:
-    checks = ("parameters", "initial_values")
-    return case(title, layer=layer, checks=checks, state="initial")
+def _constructed(layer: dict[str, Any], *checks: str) -> Draft:
+    ((name, value),) = layer.items()
+    return case(f"{name}={value}", layer=layer, checks=checks, state="initial")
 
 
 def _refused(error: str, **layer: Any) -> Draft:

@@ -64,6 +64,9 @@ def failing_together(ranks: int) -> Iterator[Draft]:
     integers = tuple("int64" if rank == 1 else "float32" for rank in range(ranks))
     bad = Step(good.shapes, dtype=integers, error=ExpectedError("TypeError", (1,)))
     yield case("rank 1 has integers", bad, good, checks=("y", *MOVED))
+    wide = tuple("float64" if rank == 1 else "float32" for rank in range(ranks))
+    title = "rank 1 has float64 with parameters in float32"
+    yield case(title, replace(bad, dtype=wide), good, checks=("y", *MOVED))
     # Without parameters, no dtype of theirs refuses the input.
     title, layer = "rank 1 has integers, affine=False", {"affine": False}
     yield case(title, bad, good, layer=layer, checks=("y", *MOVED))

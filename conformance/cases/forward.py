@@ -1,4 +1,4 @@
-"""The output of training: FWD-1 to FWD-8."""
+"""The output of training: FWD-1 to FWD-9."""
 
 from __future__ import annotations
 
@@ -36,21 +36,14 @@ def forward(ranks: int) -> Iterator[Draft]:
     yield draft("matrices", even(ranks, 6, 3))
     yield draft("affine=False", even(ranks, 4, 3, 7), affine=False)
     yield draft("eps=0.1", even(ranks, 4, 3, 7), eps=0.1)
-    yield draft("eps=0.0", even(ranks, 4, 3, 7), eps=0.0)
     for channels in (1, 64, 65, 257):
         yield draft(f"{channels} channels", even(ranks, 2, channels, 5), num_features=channels)
 
 
 @cases_of("FWD-2")
 def dimensions(ranks: int) -> Iterator[Draft]:
-    checks = ("y", "format", "input_unmodified")
-    for spatial in ((), (5,), (5, 4), (3, 4, 2), (2, 3, 1, 2)):
-        for mode in ("train", "eval"):
-            step = Step(uneven(ranks, 3, *spatial), mode=mode)
-            yield case(f"{len(spatial) + 2} dimensions, {mode}", step, checks=checks)
-    for spatial in ((5,), (5, 4), (3, 4, 2)):
-        step = Step(uneven(ranks, 3, *spatial), layout="channels_last")
-        yield case(f"{len(spatial) + 2} dimensions, channels_last", step, checks=checks)
+    for title, step in _dimensions(ranks):
+        yield case(title, step, checks=("y",))
 
 
 @cases_of("FWD-3")
@@ -76,6 +69,8 @@ def empty_shards(ranks: int) -> Iterator[Draft]:
     for dtype in ("float16", "bfloat16"):
         step = Step(with_empty(ranks, {0}, 3, 4), dtype=dtype, backward=False)
         yield case(f"rank 0 is empty, {dtype}", step, checks=("y", "format"))
+    step = Step(even(ranks, 0, 3, 4), mode="eval", backward=False)
+    yield case("every rank is empty, eval", step, checks=("y", "format"))
 
 
 @cases_of("FWD-5")
@@ -86,16 +81,17 @@ def groups(ranks: int) -> Iterator[Draft]:
         yield case(title, step, groups=grouping, checks=("y",))
     step = Step(uneven(ranks, 3, 5))
     layer = {"process_group": [*all_ranks[::2], *all_ranks[1::2]]}
-    yield case("a list of all rank ids", step, step, layer=layer, checks=("y", *MOVED))
+    checks = ("y", "running_mean")
+    yield case("a list of all rank ids", step, step, layer=layer, checks=checks)
     if ranks > 1:
         half = all_ranks[ranks // 2 :]
         layer = {"process_group": [*half]}
         title = "a list of half of the rank ids"
-        yield case(title, step, step, layer=layer, groups=(half,), checks=("y", *MOVED))
+        yield case(title, step, step, layer=layer, groups=(half,), checks=checks)
     if ranks > 2:
         before, after = (all_ranks[:1], all_ranks[1:]), (all_ranks[:2], all_ranks[2:])
         first, then = Step(uneven(ranks, 3, 5)), Step(uneven(ranks, 3, 5), groups=after)
-        yield case("groups change", first, then, groups=before, checks=("y", *MOVED))
+        yield case("groups change", first, then, groups=before, checks=checks)
 
 
 @cases_of("FWD-6")
@@ -151,3 +147,28 @@ def contexts(ranks: int) -> Iterator[Draft]:
         step = Step(shapes, mode=chosen["mode"], dtype=dtype, autocast=autocast)
         title = titled(autocast=autocast, input=dtype, mode=chosen["mode"])
         yield case(title, step, step, checks=(*checks, *GRADIENTS))
+
+
+@cases_of("FWD-9")
+def formats(ranks: int) -> Iterator[Draft]:
+    checks = ("y", "format", "input_unmodified")
+    for title, step in _dimensions(ranks):
+        yield case(title, step, checks=checks)
+    images: tuple[tuple[int, ...], ...] = ((5,), (5, 4), (3, 4, 2))
+    for spatial in images:
+        step = Step(uneven(ranks, 3, *spatial), layout="channels_last")
+        yield case(f"{len(spatial) + 2} dimensions, channels_last", step, checks=checks)
+    for spatial, mode in product(images, ("train", "eval")):
+        step = Step(uneven(ranks, 3, *spatial), mode=mode, layout="channels_last")
+        title = f"format of the gradient, {len(spatial) + 2} dimensions, {mode}"
+        yield case(title, step, checks=("grad_input", "grad_format"))
+    step = Step(uneven(ranks, 3, 5, 4), mode="eval", layout="channels_last", dy_layout="sliced")
+    title = "format of the gradient, eval, dy in another format"
+    yield case(title, step, checks=("grad_input", "grad_format"))
+
+
+def _dimensions(ranks: int) -> Iterator[tuple[str, Step]]:
+    for spatial in ((), (5,), (5, 4), (3, 4, 2), (2, 3, 1, 2)):
+        for mode in ("train", "eval"):
+            step = Step(uneven(ranks, 3, *spatial), mode=mode)
+            yield f"{len(spatial) + 2} dimensions, {mode}", step

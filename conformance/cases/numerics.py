@@ -40,6 +40,9 @@ def numerics(ranks: int) -> Iterator[Draft]:
     for scale in (1e-18, 1e-9, 1e9, 1e18):
         step = Step(shapes, x=Data(ratio=1.0, scale=scale))
         yield draft(f"scale {scale:g}", step, eps=0.0)
+    for mode in ("train", "eval"):
+        step = Step(even(ranks, 4, 3, 7), mode=mode, backward=False)
+        yield case(f"eps=0.0, {mode}", step, layer={"eps": 0.0}, checks=("y",))
     for title, images in (
         ("few images", even(ranks, 2, 3, 32, 32)),
         ("matrices", tuple((300 + rank, 3) for rank in range(ranks))),
@@ -130,6 +133,8 @@ def poison(ranks: int) -> Iterator[Draft]:
                 step,
                 checks=("y", *GRADIENTS, "running_mean"),
             )
+    evaluate = Step(uneven(ranks, 3, 5), mode="eval", backward=False)
+    yield case("a negative running_var in channel 0", evaluate, state="negative", checks=("y",))
 
 
 @cases_of("COMM-1")

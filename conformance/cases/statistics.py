@@ -22,7 +22,7 @@ from syncbn.conformance.cases.build import (
 
 @cases_of("STAT-1")
 def running_mean(ranks: int) -> Iterator[Draft]:
-    for momentum in (0.1, 0.0, 1.0, 0.35, 0, 1):
+    for momentum in (0.1, 0.0, 1.0, 0.35):
         yield case(
             f"momentum={momentum!r}, 3 steps",
             *_three(ranks),

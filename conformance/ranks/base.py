@@ -13,9 +13,9 @@ import inspect
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,19 @@ from syncbn.conformance import data
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.checks import STATISTICS, arrays_of
 
+# The last part of a tensor's name, which says what it is; other names than the first are those of
+# mindspore.nn and of TensorFlow.
+_ROLES = {
+    "weight": ("weight", "gamma", "scale"),
+    "bias": ("bias", "beta", "offset"),
+    "running_mean": ("running_mean", "moving_mean"),
+    "running_var": ("running_var", "moving_variance"),
+    "num_batches_tracked": ("num_batches_tracked",),
+}
+
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = dict[str, Array]
+T = TypeVar("T")
 
 
 class Unsupported(Exception):
@@ -232,15 +243,16 @@ class Rank(ABC):
                 name: repr(parameter.default)
                 for name, parameter in inspect.signature(self.cls).parameters.items()
             }
-        if "parameters" in case.checks:
+        if {"parameters", "statistics_dtype"}.intersection(case.checks):
             answer["parameters"] = {
                 name: {"shape": list(tensor.shape), "dtype": _dtype(tensor)}
-                for name, tensor in self.parameters(layer).items()
+                for name, tensor in by_role(self.parameters(layer)).items()
             }
         if "state_names" in case.checks:
             answer["state_names"] = list(self.state(layer))
         if "initial_values" in case.checks:
-            arrays |= {f"initial/{n}": self.array(t) for n, t in self.state(layer).items()}
+            tensors = by_role(self.state(layer))
+            arrays |= {f"initial/{name}": self.array(tensor) for name, tensor in tensors.items()}
 
     def _group(self, ranks: tuple[int, ...]) -> Any:
         if ranks not in self.groups:
@@ -273,7 +285,11 @@ class Rank(ABC):
             arguments["process_group"] = self._group(tuple(arguments["process_group"]))
         layer = self.build(arguments)
         if state is not None:
-            tensors = {name: self.tensor(v, case.parameter_dtype) for name, v in state.items()}
+            names = names_by_role(self.state(layer))
+            tensors = {
+                names.get(role, role): self.tensor(values, case.parameter_dtype)
+                for role, values in state.items()
+            }
             if unknown := self.load_state(layer, tensors):
                 raise RuntimeError(f"the layer's state has no {', '.join(unknown)}")
         return layer
@@ -325,7 +341,8 @@ class Rank(ABC):
                 for name, tensor in given.items()
                 if (self.array(tensor).tobytes(), tensor._version) != untouched[name]
             ]
-            results |= {name: getattr(layer, name, None) for name in STATISTICS}
+            buffers = by_role(self.parameters(layer))
+            results |= {name: getattr(layer, name, buffers.get(name)) for name in STATISTICS}
             for name in arrays_of(case.checks):
                 if results.get(name) is not None:
                     arrays[f"{index}/{name}"] = self.array(results[name])
@@ -374,6 +391,26 @@ class Rank(ABC):
         if name == "dtype" and isinstance(value, str):
             return getattr(self.framework, value, value)
         return value
+
+
+def names_by_role(names: Iterable[str]) -> dict[str, str]:
+    """The names of the tensors of a layer by what they are: "weight" for "inner.weight".
+
+    So a layer in an adapter can be judged. Only CTOR-5 is about the names themselves. Of several
+    tensors of one role, as in a layer of two parts, the one with the shortest name is meant.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: (name.count("."), len(name))):
+        last = name.rpartition(".")[2]
+        for role, known in _ROLES.items():
+            if last in known:
+                found.setdefault(role, name)
+    return found
+
+
+def by_role(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of a layer by what they are; see `names_by_role`."""
+    return {role: tensors[name] for role, name in names_by_role(tensors).items()}
 
 
 def _find(module_name: str, class_name: str) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from mindspore.ops.auto_generate import gen_ops_prim
 from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.ranks.base import Rank, Unsupported
+from syncbn.conformance.ranks.base import Rank, Unsupported, by_role
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 
 T = TypeVar("T")
@@ -174,14 +174,14 @@ class MindSporeRank(Rank):
         counting: bool,
     ) -> tuple[dict[str, Tensor | None], list[int]]:
         wants_input, wants_parameters = step.wants_grad(self.rank)
-        learned = [p for p in layer.get_parameters() if p.name in _LEARNED]
-        for parameter in learned:
+        learned = _learned(layer)
+        for parameter in learned.values():
             parameter.requires_grad = wants_parameters
         for cell in filter(None, (layer, parallel)):
             cell.set_train(step.mode == "train")
         if parallel is not None:
             parallel.update_parameters_name("beside.")  # a graph needs different names
-        weights = learned if wants_parameters else []
+        weights = [*learned.values()] if wants_parameters else []
         position = 0 if wants_input and x.is_floating_point() else None
         module = layer
         if step.autocast:
@@ -219,7 +219,8 @@ class MindSporeRank(Rank):
         elif position is None:
             gradients = (None, gradients)
         dx, of_weights = gradients
-        by_weight = {f"grad_{p.name}": grad for p, grad in zip(weights, of_weights, strict=True)}
+        names = [f"grad_{name}" for name in learned] if wants_parameters else []
+        by_weight = dict(zip(names, of_weights, strict=True))
         return {"y": y, "grad_input": dx, **by_weight}, [in_forward, in_both - in_forward]
 
     def take_twice(
@@ -229,9 +230,9 @@ class MindSporeRank(Rank):
         with _undone(layer):
             results, _ = self.take(layer, None, x, dy, step, False)
         wants_input, wants_parameters = step.wants_grad(self.rank)
-        weights = [p for p in layer.get_parameters() if p.name in _LEARNED]
-        weights = weights if wants_parameters else []
-        starts = tuple(cotangents[f"grad_{p.name}"] for p in weights)
+        learned = _learned(layer) if wants_parameters else {}
+        weights = [*learned.values()]
+        starts = tuple(cotangents[f"grad_{name}"] for name in learned)
 
         # Plain functions of tensors: in graph mode they are compiled.
         def loss(x: Tensor, dy: Tensor) -> Tensor:
@@ -247,10 +248,10 @@ class MindSporeRank(Rank):
             total = (of_weights[0] * starts[0]).sum() + (of_weights[1] * starts[1]).sum()
             return total + (found[0] * start).sum() if wants_input else total
 
-        again = [p for p in weights if p.name in step.second]
+        again = {name: p for name, p in learned.items() if name in step.second}
         wanted = (wants_input and "input" in step.second, "grad_output" in step.second)
         places = tuple(place for place in (0, 1) if wanted[place])
-        second = ms.grad(of_first, places or None, again or None)
+        second = ms.grad(of_first, places or None, [*again.values()] or None)
         try:
             found = second(x, dy, cotangents["grad_input"])
         except RuntimeError as error:
@@ -260,7 +261,7 @@ class MindSporeRank(Rank):
         of_places = (found[0] if again else found) if places else ()
         of_again = (found[1] if places else found) if again else ()
         names = [("grad_grad_input", "grad_grad_output")[place] for place in places]
-        names += [f"grad_grad_{p.name}" for p in again]
+        names += [f"grad_grad_{name}" for name in again]
         return results | dict(zip(names, (*_tuple(of_places), *_tuple(of_again)), strict=True))
 
     def _prove_in_step(self, nonce: int) -> None:
@@ -333,6 +334,12 @@ def _lacks(dtype: str) -> str | None:
         lines = [line for line in str(error).splitlines() if re.search(r"\w", line)]
         return next((line for line in lines if not line.startswith("- ")), "")
     return None
+
+
+def _learned(layer: nn.Cell) -> dict[str, Parameter]:
+    """The weight and the bias of a layer, if it has them."""
+    parameters = by_role({parameter.name: parameter for parameter in layer.get_parameters()})
+    return {name: parameters[name] for name in _LEARNED if name in parameters}
 
 
 def _tuple(found: Any) -> tuple[Tensor, ...]:

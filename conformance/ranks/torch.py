@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.frameworks import FRAMEWORKS
-from syncbn.conformance.ranks.base import Rank
+from syncbn.conformance.ranks.base import Rank, by_role
 from syncbn.conformance.ranks.substitutes import torch as substitutes
 
 T = TypeVar("T")
@@ -161,9 +161,8 @@ class TorchRank(Rank):
             gradients = [dy] * len(ys)
             _, in_backward = _count(lambda: torch.autograd.backward(ys, gradients), counting)
             collectives += in_backward
-        results: dict[str, Any] = {
-            f"grad_{name.removeprefix('module.')}": p.grad for name, p in layer.named_parameters()
-        }
+        learned = by_role(dict(layer.named_parameters()))
+        results: dict[str, Any] = {f"grad_{name}": p.grad for name, p in learned.items()}
         results["grad_input_format"] = formats[-1] if formats else None
         return {"y": ys[0], "grad_input": x.grad, **results}, collectives
 
@@ -180,7 +179,7 @@ class TorchRank(Rank):
         layer.requires_grad_(wants_parameters)
         x.requires_grad_(wants_input)
         dy.requires_grad_("grad_output" in step.second)
-        learned = dict(layer.named_parameters())
+        learned = by_role(dict(layer.named_parameters()))
         inputs = {"input": x, **learned}
         inputs = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
         y = layer(x)

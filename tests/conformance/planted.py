@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.nn import functional as differentiable
 
 from syncbn.torch import SyncBatchNorm
@@ -111,3 +111,15 @@ class _Summed(torch.autograd.Function):
             dist.all_reduce(other, group=ctx.group)
             other -= gradient.detach()
         return total + other, None
+
+
+class Adapter(nn.Module):
+    """A right layer in a wrapper: its state has other names, its attributes are elsewhere."""
+
+    def __init__(self, num_features: int, *arguments: Any, **options: Any) -> None:
+        super().__init__()
+        self.inner = SyncBatchNorm(num_features, *arguments, **options)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.inner(input)
+        return output
