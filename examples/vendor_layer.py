@@ -89,7 +89,7 @@ class _Normalize(torch.autograd.Function):
         return normalized, mean, var
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor, *unused: Tensor) -> tuple[Tensor, None, None]:
         normalized, scale, count = ctx.saved_tensors
         axes = [0, *range(2, dy.dim())]
         sums = torch.cat([count[None], dy.sum(axes), (dy * normalized).sum(axes)])

@@ -244,7 +244,7 @@ class TestOperator:
             ("FWD-4", "rank 0 is empty, 2 dimensions", "y[0, 0] is nan"),
             ("NUM-1", "std 1e-06, far below sqrt(eps)", "running_var["),
             ("NUM-2", "float16, parameters float32, many values", "grad_input["),
-            ("TRACK-2", "images", "running mean or running var can't be none"),
+            ("TRACK-2", "images, each rank a group", "running mean or running var can't be none"),
         ],
     )
     def test_fails(self, operator: RankPool, clause: str, title: str, message: str) -> None:
