@@ -107,15 +107,15 @@ def planted(path: str, old: str, new: str) -> Mutant:
     return Mutant(path, "planted", 1, "swap", text.replace(old, new).encode(), (f"-{old}",))
 
 
-COMPOSED = "syncbn/torch/backends/composed.py"
+MESSAGES = "syncbn/torch/messages.py"
 
 
 @pytest.mark.parametrize(
     ("mutant", "hows"),
     [
         (None, []),
-        (planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 1"), ["wrong"]),
-        (planted(COMPOSED, "n = counts.sum()", "n = counts.total()"), ["raised"]),
+        (planted(MESSAGES, "n = sum(counts)", "n = sum(counts) + 1"), ["wrong"]),
+        (planted(MESSAGES, "n = sum(counts)", "n = total(counts)"), ["raised"]),
         (planted("syncbn/torch/layer.py", "import copy\n", "import copies\n"), ["load"]),
     ],
     ids=["the layer itself", "wrong", "raised", "load"],
@@ -138,8 +138,8 @@ def test_the_ranks_run_the_copy_of_a_module_that_the_suite_imports() -> None:
 
 def test_the_summary_shows_the_survivor() -> None:
     (case,) = (case for case in catalogue(2, "smoke") if case.clause == "FWD-1")
-    survivor = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 0")
-    killed = planted(COMPOSED, "n = counts.sum()", "n = counts.sum() + 1")
+    survivor = planted(MESSAGES, "n = sum(counts)", "n = sum(counts) + 0")
+    killed = planted(MESSAGES, "n = sum(counts)", "n = sum(counts) + 1")
     results = [
         Result(survivor, None, 1.0),
         Result(killed, Detection("wrong", case, "m"), 2.0),
@@ -147,6 +147,6 @@ def test_the_summary_shows_the_survivor() -> None:
     console = Console(record=True, width=120)
     show.summarize(results, console)
     shown = console.export_text()
-    assert f"survived: {survivor.id} {COMPOSED}:1" in shown
+    assert f"survived: {survivor.id} {MESSAGES}:1" in shown
     assert "swap: 1 of 2 killed" in shown
     assert json.loads(json.dumps(show.document(results)))[1]["result"] == "wrong"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn import functional as differentiable
 
-from syncbn.torch import SyncBatchNorm
+from syncbn.torch import SyncBatchNorm, messages
 from syncbn.torch.backends import composed
 
 
@@ -21,19 +21,17 @@ class LocalCount(SyncBatchNorm):
     """running_var is made unbiased with the rank's own count, as in PyTorch issue 22192."""
 
     def forward(self, input: Tensor) -> Tensor:
-        def own_count(table: Tensor, counts: list[int], *rest: Any) -> Any:
-            running = rest[-1]
-            if running is None:
-                return combine(table, counts, *rest)
-            before = running.var.clone()
-            result = combine(table, counts, *rest)
-            own, n = (count / max(count - 1, 1) for count in (counts[dist.get_rank()], sum(counts)))
-            moved = running.var - (1 - running.momentum) * before
-            running.var.add_(moved * (own / n - 1))
-            return result
+        def with_own_count(table: Tensor, counts: list[int], *rest: Any) -> Any:
+            def moving(running: Any, mean: Tensor, unbiased: Tensor, *rest: Any) -> None:
+                local = input.numel() // input.shape[1]
+                own, of_group = (max(n, 1) / max(n - 1, 1) for n in (local, sum(counts)))
+                move(running, mean, unbiased * (own / of_group), *rest)
 
-        combine: Any = composed.combine_ranks
-        with mock.patch.object(composed, "combine_ranks", own_count):
+            with mock.patch.object(messages, "move", moving):
+                return combine(table, counts, *rest)
+
+        move, combine = messages.move, composed.combine_ranks
+        with mock.patch.object(composed, "combine_ranks", with_own_count):
             return super().forward(input)
 
 
