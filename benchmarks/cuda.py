@@ -115,7 +115,7 @@ def suite(options: argparse.Namespace) -> int:
         [f"syncbn.torch-{backend}" for backend in BACKENDS] if on_cuda else ["syncbn.torch-auto"]
     )
     profile = "certify" if on_cuda else "smoke"
-    failed = 0
+    failed, rows = 0, []
     for ranks in (4, 1):
         start = time.monotonic()
         running = {}
@@ -141,10 +141,30 @@ def suite(options: argparse.Namespace) -> int:
             (options.out / "suite" / f"{name}-{ranks}.log").write_text(output)
             expected = name == "torch.nn" or process.returncode == 0
             failed += not expected
+            rows.append({"target": name, "ranks": ranks, "status": process.returncode})
+            rows[-1] |= _summary(options.out / "suite" / f"{name}-{ranks}" / "report.json")
             last = [line for line in output.splitlines() if line.strip()][-2:]
             print(f"{name}, {ranks} ranks: status {process.returncode}: {' | '.join(last)}")
         print(f"== suite, {ranks} ranks: {time.monotonic() - start:.1f} s", flush=True)
+    result = {"environment": _environment(options), "profile": profile, "rows": rows}
+    (options.out / "suite.json").write_text(json.dumps(result, indent=1))
     return failed
+
+
+def _summary(report: Path) -> dict[str, Any]:
+    """What a report says in short; empty if the run was not finished."""
+    if not report.exists():
+        return {}
+    document = json.loads(report.read_text())
+    failing = [clause["id"] for clause in document["clauses"] if clause["verdict"] == "fail"]
+    verdicts = Counter(case["verdict"] for case in document["cases"])
+    return {
+        "verdict": document["summary"]["verdict"],
+        "required": document["summary"]["required"],
+        "failing": failing,
+        "cases": dict(verdicts),
+        "seconds": document["seconds"],
+    }
 
 
 # Timing
