@@ -54,8 +54,8 @@ _STEPS = """
 ## A whole step, compared with torch.nn.SyncBatchNorm
 
 Median milliseconds of torch.nn.SyncBatchNorm, forward and backward, and the time of the other
-layers over it: below 1 is faster. The synchronized layers are in PyTorch's fake group of {ranks} ranks,
-which sends nothing, so the cost of a network is not in it. torch.nn.BatchNorm2d does not
+layers over it: below 1 is faster. The synchronized layers are in PyTorch's fake group of {ranks}
+ranks, which sends nothing, so the cost of a network is not in it. torch.nn.BatchNorm2d does not
 synchronize.
 
 """
