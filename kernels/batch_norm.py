@@ -177,18 +177,22 @@ def _merged(count, mean, var, more_count, more_mean, more_var):
     ignored, whatever its statistics. Sets with equal means keep that mean exactly. The variances
     are weighted, not their difference, so that infinity stays.
     """
+    # A GPU divides approximately: a / a may be 1 - 2^-24. So an empty first set is replaced by the
+    # second, and no weight is 1 minus another, which might be negative.
     total = count + more_count
+    kept = count / tl.maximum(total, 1.0)
     weight = more_count / tl.maximum(total, 1.0)
     more_mean = tl.where(more_count > 0, more_mean, 0.0)
     more_var = tl.where(more_count > 0, more_var, 0.0)
-    away = more_mean - mean
+    mean = tl.where(count > 0, mean, more_mean)
+    away = tl.where(count > 0, more_mean - mean, 0.0)
     merged = tl.where(
         tl.abs(away) < float("inf"),
         mean + away * weight,
-        mean * (1 - weight) + more_mean * weight,
+        mean * kept + more_mean * weight,
     )
-    between = (away * weight) * (away * (1 - weight))
-    return total, merged, var * (1 - weight) + more_var * weight + between
+    between = (away * weight) * (away * kept)
+    return total, merged, var * kept + more_var * weight + between
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -509,6 +509,14 @@ class TestTriton:
     ) -> None:
         interpreting(check_interpreted, dtype, layout)
 
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("towards", [-np.inf, np.inf], ids=["less", "more"])
+    def test_division_that_is_not_exact(
+        self, interpreting: Callable[..., None], towards: float, layout: str
+    ) -> None:
+        """On CUDA a quotient is off by some roundings: a / a need not be 1."""
+        interpreting(check_division, towards, layout)
+
 
 def _needs_triton() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton-ascend")
@@ -524,6 +532,26 @@ def check_interpreted(dtype: torch.dtype, layout: str) -> None:
     layer = make_layer(5, backend="triton")
     for training in (True, False):
         assert_step(layer.train(training), x, dy)
+
+
+def check_division(towards: float, layout: str) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    exact = InterpreterBuilder.create_fdiv
+
+    def divide(self: Any, a: Any, b: Any) -> Any:
+        quotient = exact(self, a, b)
+        quotient.data = np.nextafter(quotient.data, np.float32(towards), dtype=np.float32)
+        return quotient
+
+    InterpreterBuilder.create_fdiv = divide
+    try:
+        constant = torch.full((49_000, 3, 1) if layout == "(N, C)" else (70, 3, 700), 1e4 / 3)
+        x = _laid_out(torch.cat([constant, constant + randn(*constant.shape)], 1), layout)
+        layer = make_layer(6, backend="triton", momentum=1.0)
+        assert_step(layer, x, randn(*x.shape, seed=1))
+    finally:
+        InterpreterBuilder.create_fdiv = exact
 
 
 class TestRung:
