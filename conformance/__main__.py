@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -29,12 +30,14 @@ from syncbn.conformance import (
     runner,
     targets,
 )
-from syncbn.conformance.case import Case, load
+from syncbn.conformance.case import Case
 from syncbn.conformance.cases import PROFILES, REGRESSIONS, catalogue
 from syncbn.conformance.clauses import CLAUSES
+from syncbn.conformance.document import MOST_RANKS, read
 from syncbn.conformance.pool import RankPool
 from syncbn.launchers import LAUNCHERS
 from syncbn.reports.commands import add_commands
+from syncbn.reports.text import one_line, printable
 
 _OUT = Path("reports/out")
 _STATUS = (
@@ -68,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ConformanceError, reports.ReportError, OSError) as error:
-        print(f"syncbn-conformance: {error}", file=sys.stderr)
+        print(f"syncbn-conformance: {one_line(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("syncbn-conformance: interrupted", file=sys.stderr)
@@ -140,10 +143,10 @@ def _replay(options: argparse.Namespace) -> int:
         result = runner.run_case(pool, case)
     verdict = result.verdict
     ratio = "" if verdict.ratio is None else f", largest ratio {verdict.ratio:.3g}"
-    print(f"{case.id} {case.clause} ({CLAUSES[case.clause].title}): {case.title}")
+    print(f"{case.id} {case.clause} ({CLAUSES[case.clause].title}): {one_line(case.title)}")
     print(f"{verdict.verdict}{ratio} in {result.seconds:.2f} s on {case.ranks} ranks")
     if verdict.message:
-        print(verdict.message)
+        print(printable(verdict.message))
     return _STATUS_OF.get(verdict.verdict, 1)
 
 
@@ -191,10 +194,7 @@ def _find(wanted: str, ranks: int) -> Case:
     """The case of an id on this many ranks, or of a file with a case document."""
     path = Path(wanted)
     if path.is_file():
-        try:
-            return load(json.loads(path.read_text()))
-        except ValueError as error:
-            raise UsageError(f"{path} holds no case: {error}") from error
+        return read(path)
     for case in catalogue(ranks):
         if case.id == wanted:
             return case
@@ -213,9 +213,9 @@ def _make_directory(path: Path) -> None:
         raise UsageError(f"cannot write reports to {path}: {error.strerror}") from error
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an int of at least 1, got {text!r}")
+def _number_of_ranks(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_RANKS:
+        raise argparse.ArgumentTypeError(f"must be an int from 1 to {MOST_RANKS}, got {text!r}")
     return int(text)
 
 
@@ -312,7 +312,11 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
 
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ranks", type=_positive, default=4, metavar="N", help="the number of ranks (default 4)"
+        "--ranks",
+        type=_number_of_ranks,
+        default=4,
+        metavar="N",
+        help="the number of ranks (default 4)",
     )
 
 

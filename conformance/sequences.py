@@ -334,7 +334,9 @@ def _can_be_differentiated_again(case: Case, step: Step) -> bool:
     half = any(step.dtype_of(rank) in _HALVES for rank in range(case.ranks))
     imprecise = half and step.mode == "eval"  # the contract requires no precision there
     ordinary = step.x.scale == 1 and not step.x.poison and case.eps > 0
-    return step.backward and ordinary and not (regrouped or frozen or imprecise or case.ddp)
+    elsewhere = step.autocast or step.lost  # `second` does not stand with these
+    odd = regrouped or frozen or imprecise or elsewhere or case.ddp
+    return step.backward and ordinary and not odd
 
 
 def _refused(case: Case, step: Step, drawn: Choices) -> Step:

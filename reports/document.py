@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-from jsonschema.validators import extend
+from syncbn.reports.schema import Schema, parse, shorten
 
 Report: TypeAlias = dict[str, Any]
 
 SCHEMA: dict[str, Any] = json.loads(
     Path(__file__).with_name("schema").joinpath("report-1.json").read_bytes()
 )
+
+
+_SCHEMA = Schema(SCHEMA)
 
 
 class ReportError(ValueError):
@@ -37,12 +37,9 @@ def validate(report: Report) -> None:
     """
     if not isinstance(report, dict) or report.get("schema") != SCHEMA["title"]:
         name = report.get("schema") if isinstance(report, dict) else report
-        raise ReportError(f"schema: must be {SCHEMA['title']!r}, got {_shorten(repr(name))}")
-    violation = best_match(_Validator(SCHEMA).iter_errors(report))
-    if violation is not None:
-        place = violation.json_path.removeprefix("$").removeprefix(".")
-        prefix = f"{place}: " if place else ""
-        raise ReportError(prefix + _shorten(violation.message))
+        raise ReportError(f"schema: must be {SCHEMA['title']!r}, got {shorten(repr(name))}")
+    if violation := _SCHEMA.violation(report):
+        raise ReportError(violation)
     _check_consistency(report)
 
 
@@ -82,29 +79,16 @@ def load(path: str | os.PathLike[str]) -> Report:
             of this version.
     """
     try:
-        report = json.loads(Path(path).read_bytes(), parse_constant=_refuse_constant)
+        report = parse(Path(path).read_bytes())
     except OSError as error:
         raise ReportError(f"cannot read report {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
     try:
         validate(report)
     except ReportError as error:
         raise ReportError(f"{path} is not a valid report: {error}") from error
     return report
-
-
-def _is_number(_: Any, value: object) -> bool:
-    """Whether JSON can write it as a number, unlike NaN, infinity and NumPy's scalars."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-_Validator = extend(
-    Draft202012Validator,
-    type_checker=Draft202012Validator.TYPE_CHECKER.redefine("number", _is_number),
-)
 
 
 def _check_consistency(report: Report) -> None:
@@ -138,13 +122,3 @@ def _check_consistency(report: Report) -> None:
             "summary.verdict: must be 'fail' unless every required clause passes and no case is "
             "missing, got 'pass'"
         )
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _shorten(message: str, width: int = 300) -> str:
-    """The message without its middle; jsonschema puts the value first and the rule last."""
-    half = width // 2
-    return message if len(message) <= width else f"{message[:half]} ... {message[-half:]}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from syncbn.reports.document import Report, ReportError
 from syncbn.reports.table import replay_command
+from syncbn.reports.text import code, markdown, one_line, shown
 
 _SHOWN = 4  # failing cases of one clause in one run
 _RUNGS = {
@@ -38,14 +39,16 @@ def findings(reports: Sequence[Report], command: str) -> str:
     """
     names = {report["target"]["name"] for report in reports}
     if len(names) != 1:
-        shown = ", ".join(sorted(names)) or "none"
-        raise ReportError(f"the reports must be of one target, got {shown}")
+        given = ", ".join(sorted(names)) or "none"
+        raise ReportError(f"the reports must be of one target, got {one_line(given)}")
+    reports = [shown(report) for report in reports]
     target = reports[0]["target"]
-    title = f"{target['module']}.{target['class']}"
+    title = one_line(f"{target['module']}.{target['class']}")
+    title = title if re.fullmatch(r"[\w.]+", title) else markdown(title)
     lines = [
         f"# What {title} does",
         "",
-        f"Made by `{command}` from the runs below; not written by hand.",
+        f"Made by {code(command)} from the runs below; not written by hand.",
         "",
         _INTRODUCTION,
         *_runs(reports),
@@ -67,7 +70,7 @@ def _runs(reports: Sequence[Report]) -> list[str]:
     for report in reports:
         target, environment = report["target"], report["environment"]
         versions = ", ".join(
-            f"{name} {environment[name]}"
+            markdown(f"{name} {environment[name]}")
             for name in (target["framework"], "python", "numpy", "processor")
             if name in environment
         )
@@ -87,11 +90,12 @@ def _runs(reports: Sequence[Report]) -> list[str]:
 
 def _clauses(reports: Sequence[Report], documented: bool) -> list[str]:
     lines = []
-    for place, clause in enumerate(reports[0]["clauses"]):
+    by_id = [{clause["id"]: clause for clause in report["clauses"]} for report in reports]
+    for name, clause in by_id[0].items():
         if (clause["origin"] != "decided") == documented:
-            lines += [f"### {clause['id']}: {clause['title']}", ""]
-            for report in reports:
-                lines += _clause(report, report["clauses"][place])
+            lines += [f"### {name}: {_plain(clause['title'])}", ""]
+            for report, clauses in zip(reports, by_id, strict=True):
+                lines += _clause(report, clauses[name]) if name in clauses else []
             lines.append("")
     return lines
 
@@ -100,7 +104,7 @@ def _clause(report: Report, clause: Any) -> list[str]:
     ranks = f"{report['ranks']} rank{'s' * (report['ranks'] > 1)}"
     cases = [case for case in report["cases"] if case["clause"] == clause["id"]]
     if not cases:
-        return [f"- {ranks}: not run ({clause['reason']})"]
+        return [f"- {ranks}: not run ({_line(clause['reason'])})"]
     failing = [case for case in cases if case["verdict"] in ("fail", "hang", "crash", "error")]
     unsupported = [case for case in cases if case["verdict"] == "unsupported"]
     judged = len(cases) - len(unsupported)
@@ -109,24 +113,29 @@ def _clause(report: Report, clause: Any) -> list[str]:
     else:
         head = f"- {ranks}: pass, {judged} cases" if judged else f"- {ranks}: unsupported"
     if unsupported:
-        head += f"; {len(unsupported)} unsupported ({_line(unsupported[0])})"
+        head += f"; {len(unsupported)} unsupported ({_line(unsupported[0]['message'])})"
     lines = [head]
     for case in failing[:_SHOWN]:
         lines += [
-            f"  - {case['spec']['title']}: {case['verdict']}: {_line(case)}",
-            f"    `{replay_command(report, case)}`",
+            f"  - {_plain(case['spec']['title'])}: {case['verdict']}: {_line(case['message'])}",
+            f"    {code(replay_command(report, case))}",
         ]
     if len(failing) > _SHOWN:
         lines.append(f"  - and {len(failing) - _SHOWN} more cases")
     return lines
 
 
-def _line(case: Any) -> str:
-    """The message of a case, as one line of Markdown."""
-    text = " ".join((case["message"] or "").split())
+def _plain(title: str) -> str:
+    """A title of a case or a clause as Markdown; those of the suite stay as they are."""
+    return re.sub(
+        r"[\\`*<>|\[\]&]|(?<!\w)_|_(?!\w)", lambda found: f"\\{found[0]}", one_line(title)
+    )
+
+
+def _line(message: str | None) -> str:
+    """A message as one line of Markdown."""
+    text = one_line(message or "")
     # The same on every machine: no folder of an environment, no address of an object.
     text = re.sub(r'"[^"]*/site-packages/', '"', text)
     text = re.sub(r"\b0x[0-9a-f]{8,}", "0x...", text)
-    for character in "\\`*_<>|[]":
-        text = text.replace(character, f"\\{character}")
-    return text
+    return re.sub(r"[\\`*_<>|\[\]]", lambda found: f"\\{found[0]}", text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from rich import box
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from syncbn.reports.document import Report
+from syncbn.reports.text import one_line, shown
 
 _STYLES = {
     "pass": "green",
@@ -46,7 +47,11 @@ def summarize(report: Report, console: Console) -> None:
         report: a valid report, as `load` returns it.
         console: where to print.
     """
-    failing = {clause["id"]: _failing_cases(report, clause) for clause in report["clauses"]}
+    report = shown(report)
+    failing: dict[str, list[Any]] = {clause["id"]: [] for clause in report["clauses"]}
+    for case in report["cases"]:
+        if case["verdict"] in _FAILING:
+            failing[case["clause"]].append(case)
     console.print(_header(report))
     console.print()
     console.print(_table(report, failing, console.width))
@@ -155,21 +160,22 @@ def _print_oracle(report: Report, console: Console) -> None:
     if oracle is None:
         console.print(Text(f"oracle left out: {report['oracle']['left_out']}", "dim"))
         return
-    answered = [case for case in report["cases"] if case["oracle"]]
-    findings = Counter(case["oracle"]["finding"] for case in answered)
+    messages: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    findings: Counter[str] = Counter()
+    for case in report["cases"]:
+        if case["oracle"]:
+            finding = case["oracle"]["finding"]
+            findings[finding] += 1
+            message = case["oracle"]["message"] or "the oracle passes"
+            messages[case["clause"], finding].append(message)
     counts = ", ".join(f"{finding} {count}" for finding, count in findings.most_common())
     what = f"{oracle['name']} ({oracle['device']}, rung {oracle['rung']})"
     console.print(f"three ways, with {what} as the oracle: {counts}", highlight=False)
     for clause in report["clauses"]:
         for finding in ("target departs", "reference departs", "both depart", *_OF_ORACLE):
-            messages = [
-                case["oracle"]["message"] or "the oracle passes"
-                for case in answered
-                if case["clause"] == clause["id"] and case["oracle"]["finding"] == finding
-            ]
-            if messages:
-                line = Text(f"  {clause['id']:<8} {finding} in {len(messages)} of")
-                line.append(f" {clause['cases']}: {messages[0].splitlines()[0]}")
+            if found := messages[clause["id"], finding]:
+                line = Text(f"  {clause['id']:<8} {finding} in {len(found)} of")
+                line.append(f" {clause['cases']}: {one_line(found[0].splitlines()[0])}")
                 console.print(line, overflow="ellipsis", no_wrap=True)
     console.print()
 
@@ -205,14 +211,6 @@ def _last_line(report: Report) -> Text:
         if ids and name != "pass":
             line.append(f"; {name.replace('-', ' ')}: {', '.join(ids)}")
     return line
-
-
-def _failing_cases(report: Report, clause: Any) -> list[Any]:
-    return [
-        case
-        for case in report["cases"]
-        if case["clause"] == clause["id"] and case["verdict"] in _FAILING
-    ]
 
 
 def replay_command(report: Report, case: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from syncbn.conformance.case import Case, load
+from syncbn.conformance.case import Case, of_document
 from syncbn.conformance.cases import (  # noqa: F401  # importing them registers their cases
     construction,
     errors,
@@ -53,7 +53,9 @@ def catalogue(ranks: int, profile: str = "full") -> list[Case]:
 
 def regressions(ranks: int) -> list[Case]:
     """The cases on this many ranks that syncbn.conformance.explore found; each showed a fault."""
-    cases = [load(json.loads(path.read_text())) for path in sorted(REGRESSIONS.glob("*.json"))]
+    cases = [
+        of_document(json.loads(path.read_text())) for path in sorted(REGRESSIONS.glob("*.json"))
+    ]
     return [case for case in cases if case.ranks == ranks]
 
 

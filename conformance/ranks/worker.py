@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from syncbn.conformance.case import load
+from syncbn.conformance.case import of_document
 from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.handshake import connect
 from syncbn.conformance.ranks.base import MachineError, Rank
@@ -49,7 +49,7 @@ def serve(channel: Channel, rank: int, ranks: int, local_rank: int) -> None:
                 answer = {}
             else:
                 with np.errstate(all="ignore"):
-                    answer, arrays = member.run(load(content["case"]))
+                    answer, arrays = member.run(of_document(content["case"]))
         except MachineError as error:
             answer = {"failed": str(error)}
         except Exception as error:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
-from syncbn.conformance.case import Case, CaseError, ExpectedError, Step, load
+from syncbn.conformance.case import Case, ExpectedError, Step
 from syncbn.conformance.cases import catalogue
+from syncbn.conformance.document import load
 
 SHAPES = ((3, 3, 4), (2, 3, 4))
 DOCUMENT = {
@@ -53,20 +52,3 @@ def test_attributes_add_up() -> None:
     case = Case("CTOR-6", "", 2, {}, tuple(Step(SHAPES, attributes=given) for given in steps))
     assert case.attributes_at(1) == {"eps": 0.5}
     assert case.attributes_at(3) == {"eps": 0.1, "momentum": None}
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"ranks": 0}, "ranks must be a positive int, got 0"),
-        ({"checks": ["z"]}, "checks must be among .*, got z"),
-        ({"state": "odd"}, "state must be one of .*, got 'odd'"),
-        ({"steps": [{"shapes": [[3, 3]]}]}, r"one shape per rank \(2\), got 1"),
-        ({"colour": "red"}, "colour"),
-        ({"steps": [{"shapes": [[3, 3]] * 2, "recording": "off"}]}, "recording .* got 'off'"),
-        ({"steps": [{"shapes": [[3, 3]] * 2, "recording": "no_grad"}]}, "backward must be false"),
-    ],
-)
-def test_what_is_no_case(fields: dict[str, Any], text: str) -> None:
-    with pytest.raises(CaseError, match=text):
-        load(DOCUMENT | fields)

@@ -66,8 +66,8 @@ def test_torch_fails_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["run", "--ranks", "0"], "must be an int of at least 1, got '0'"),
-        (["run", "--ranks", "two"], "must be an int of at least 1, got 'two'"),
+        (["run", "--ranks", "0"], "must be an int from 1 to 1024, got '0'"),
+        (["run", "--ranks", "two"], "must be an int from 1 to 1024, got 'two'"),
         (["run", "--profile", "quick"], "invalid choice: 'quick'"),
         (["run", "--device", "tpu"], "invalid choice: 'tpu'"),
     ],

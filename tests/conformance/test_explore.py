@@ -14,9 +14,10 @@ from rich.console import Console
 from syncbn import conformance
 from syncbn.conformance import explore, sequences, targets
 from syncbn.conformance.__main__ import main
-from syncbn.conformance.case import Case, Data, Step, load
+from syncbn.conformance.case import Case, Data, Step
 from syncbn.conformance.checks import CHECKS
 from syncbn.conformance.clauses import CLAUSES
+from syncbn.conformance.document import load
 from syncbn.conformance.expected import expect
 from syncbn.conformance.explore import Exploration, Finding
 from syncbn.conformance.pool import RankPool

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from syncbn.conformance import data, runner, targets
-from syncbn.conformance.case import SECOND, Case, CaseError, Step, load
+from syncbn.conformance.case import SECOND, Case, Step
 from syncbn.conformance.cases.gradients import second_derivatives
 from syncbn.conformance.checks import SECOND_GRADIENTS
+from syncbn.conformance.document import CaseError, load
 from syncbn.conformance.expected import expect
 from syncbn.conformance.pool import Outcome, RankPool
 from syncbn.conformance.verdict import judge
@@ -118,10 +119,12 @@ def test_cotangents_are_representable_in_the_dtypes_of_their_gradients() -> None
     ("changes", "message"),
     [
         ({"second": ["bias"]}, "second must be among input, grad_output, weight, got bias"),
-        ({"backward": False}, "must have one backward"),
-        ({"repeat": 2}, "must have one backward"),
-        ({"recompute": True}, "must have one backward"),
-        ({"beside": True}, "must have one backward"),
+        ({"backward": False}, "must stand with one backward"),
+        ({"repeat": 2}, "must stand with one backward"),
+        ({"recompute": True}, "must stand with one backward"),
+        ({"beside": True}, "must stand with one backward"),
+        ({"autocast": "bfloat16"}, "must stand with one backward"),
+        ({"lost": [0]}, "must stand with one backward"),
     ],
 )
 def test_a_step_that_cannot_be_differentiated_again_is_no_case(

@@ -1,0 +1,123 @@
+"""What a report shows cannot command a terminal or become Markdown; large reports are read."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from syncbn import reports
+from syncbn.reports import ReportError
+from syncbn.reports.schema import Schema, _Validator
+from syncbn.reports.text import code, markdown, printable
+from tests.reports.test_reports import case, failing, passing
+
+EVIL = "\x1b]0;title\x07\x1b[2J\x9b1m\u202eevil\u2028\r`<script>|x|[a](b)"
+
+
+def evil_report() -> dict[str, Any]:
+    report = failing()
+    for one in report["cases"]:
+        one["message"] = one["spec"]["title"] = EVIL
+    report["target"]["name"] = report["target"]["module"] = EVIL
+    report["environment"]["python"] = EVIL
+    report["launcher"] = EVIL
+    for one in report["clauses"]:
+        one["title"] = EVIL
+        one["reason"] = EVIL
+    return report
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_table_commands_no_terminal(terminal: bool) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, color_system=None, width=100)
+    reports.summarize(evil_report(), console)
+    assert not set(text.getvalue()) & set("\x1b\x07\x9b\u202e\u2028\r")
+    assert "\\x1b" in text.getvalue()
+
+
+def test_the_page_has_no_html_and_no_terminal_code() -> None:
+    page = reports.findings([evil_report()], f"show {EVIL}")
+    assert not set(page) & set("\x1b\x07\x9b\u202e\u2028\r")
+    outside = re.sub(r"(?<!\\)(`+)(?!`).*?(?<!`)\1(?!`)", "", page).replace("\\<", "")
+    assert "<script>" not in outside
+
+
+@given(st.text())
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+def test_any_text_can_be_written(text: str) -> None:
+    for shown in (printable(text), markdown(text), code(text)):
+        shown.encode()
+        assert not any(ord(c) < 32 and c not in "\t\n" for c in shown)
+
+
+SCHEMA = Schema(reports.SCHEMA)
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+def test_the_fast_answer_is_that_of_jsonschema(data: st.DataObject) -> None:
+    report = copy.deepcopy(data.draw(st.sampled_from([passing(), failing()])))
+    place: Any = report
+    for _ in range(data.draw(st.integers(0, 4))):
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        inner = [k for k in keys if isinstance(place[k], (dict, list)) and place[k]]
+        if inner:
+            place = place[data.draw(st.sampled_from(inner))]
+    keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+    values: st.SearchStrategy[Any] = st.sampled_from(
+        [None, True, -1, 0, 1, 2.5, float("nan"), "", "inf", "pass", [], {}]
+    )
+    place[data.draw(st.sampled_from(keys))] = data.draw(values)
+    assert (SCHEMA.violation(report) is None) == _Validator(reports.SCHEMA).is_valid(report)
+    error = ""
+    try:
+        reports.validate(report)
+    except ReportError as refused:
+        error = str(refused)
+    assert "\n" not in error
+
+
+def test_a_report_of_many_cases_is_read(tmp_path: Path) -> None:
+    """jsonschema alone would need minutes."""
+    report = passing()
+    name, count = report["clauses"][0]["id"], 100_000
+    report["cases"] = [case(number, name) for number in range(count)]
+    report["summary"]["cases"] = dict.fromkeys(report["summary"]["cases"], 0) | {"pass": count}
+    for clause in report["clauses"]:
+        clause["cases"] = count if clause["id"] == name else 0
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    text = io.StringIO()
+    reports.summarize(reports.load(path), Console(file=text, width=100))
+    assert "100000 cases" in text.getvalue()
+
+
+@pytest.mark.parametrize("levels", [300, 900, 5_000, 200_000])
+def test_deep_documents_are_refused(tmp_path: Path, levels: int) -> None:
+    path = tmp_path / "report.json"
+    deep = "[" * levels + "]" * levels
+    path.write_text(json.dumps(passing()).replace('"spec": {', f'"spec": {{"deep": {deep}, ', 1))
+    with pytest.raises(ReportError, match="levels"):
+        reports.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranks": 10**4000}, "ranks: .*greater than the maximum"),
+        ({"seconds": 1e308}, "seconds: .*greater than the maximum"),
+    ],
+)
+def test_numbers_have_limits(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ReportError, match=message):
+        reports.validate(passing() | change)
