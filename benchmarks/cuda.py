@@ -8,7 +8,8 @@ before the next begins; a part that fails is reported and does not end the other
 - suite: `certify` with 1 and 4 ranks that share the device, for every backend; and with 1 rank
   for torch.nn.SyncBatchNorm.
 - kernels: the four operations that read or write x, as a fraction of the bandwidth of a copy that
-  was measured in the same turn. Bytes are the least that the operation can move.
+  was measured in the same turn. Bytes are the least that the operation can move. Each
+  is recorded in a CUDA graph, so that only the device is timed.
 - steps: forward and backward of the layer, of torch.nn.SyncBatchNorm and of torch.nn.BatchNorm2d:
   eager, compiled and in a CUDA graph. Both synchronized layers are in a world of FAKE_RANKS ranks
   with torch's fake process group, whose collectives copy and send nothing: one device cannot show
@@ -39,7 +40,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from syncbn.torch import SyncBatchNorm, backends, layout
+from syncbn.torch import SyncBatchNorm, backends, groups, layout
 
 Shape = tuple[int, ...]
 
@@ -238,6 +239,8 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
             operations = backends.load(name, x.device)
             for operation, call in _operations(operations, x_rows, dy_rows).items():
                 actions[f"{name} {operation}"] = call
+        if options.device == "cuda":
+            actions = {name: _captured(action) for name, action in actions.items()}
         times = take_turns(actions, options.repeat, options.device)
         moved = {"copy": 2, "stats": 1, "normalize": 2, "reduce_grad": 2, "input_grad": 3}
         size = x.numel() * x.element_size()
@@ -359,9 +362,13 @@ def _fake_world() -> None:
     os.environ.pop("SYNCBN_DEBUG", None)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=FAKE_RANKS)
     # PyTorch 2.11's fake group cannot gather into one tensor of more than one dimension.
-    for name in ("all_gather_single", "all_gather_into_tensor"):
-        if hasattr(dist, name):
-            setattr(dist, name, _gather_into_tensor)
+    for module, name in (
+        (dist, "all_gather_single"),
+        (dist, "all_gather_into_tensor"),
+        (groups, "_all_gather"),
+    ):
+        if hasattr(module, name):
+            setattr(module, name, _gather_into_tensor)
 
 
 def _gather_into_tensor(output: Tensor, input: Tensor, *_: Any, **__: Any) -> None:

@@ -44,7 +44,8 @@ group of {ranks} ranks: a copy or two each, for every synchronized layer. A wait
 _KERNELS = """
 ## Operations, as a fraction of the bandwidth of a copy
 
-Medians of {repeat} rounds in turn with the copy; bytes are the least that the operation can move.
+Medians of {repeat} rounds in turn with the copy, each recorded in a CUDA graph; bytes are the least
+that the operation can move.
 `stats` reads x; `normalize` reads x and writes y; `reduce_grad` reads dy and x; `input_grad` reads
 dy and x and writes dx.
 
