@@ -38,7 +38,7 @@ class HandshakeError(ConnectionError):
 
 @dataclass
 class _Visitor:
-    """Whoever has connected and has not proven yet what it is."""
+    """Any process that has connected and has not proven yet what it is."""
 
     connection: socket.socket
     nonce: bytes

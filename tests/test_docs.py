@@ -95,6 +95,25 @@ def test_every_variable_is_documented() -> None:
     assert used == documented
 
 
+def test_the_table_of_clauses_names_what_exists() -> None:
+    """The columns of PyTorch and MindSpore, the kernels and the rows of the bounds."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| ((?:CTOR|ERR|FWD|GRAD|STAT|EVAL|COMM)\b.*)\|$", page, re.MULTILINE)
+    assert len(rows) >= 8
+    kernels = (ROOT / "kernels/batch_norm.py").read_text()
+    bounds = (ROOT / "reference/bounds.py").read_text()
+    for row in rows:
+        _, *code, bound, kernel = row.split("|")
+        for package, names in zip(("torch", "mindspore"), code, strict=True):
+            for module, name in re.findall(r"`(\w+)\.(\w+)`", names):
+                text = (ROOT / "syncbn" / package / f"{module}.py").read_text()
+                assert re.search(rf"^(def|class) {name}\b", text, re.MULTILINE), f"{module}.{name}"
+        for name in re.findall(r"`(\w+)`", kernel):
+            assert f"\ndef {name}(" in kernels, name
+        for name in re.findall(r"`(m|v|s|y|S|X|gw|dx|r)`", bound):
+            assert re.search(rf"^    {name} +\S", bounds, re.MULTILINE), name
+
+
 # Words that CONTRIBUTING.md bans. Known failures quote other projects.
 BANNED = re.compile(
     r"\b(anew|whoever|nobody|anybody|but for|what came of|leaf operations?)\b|, too[.,;:)]",
