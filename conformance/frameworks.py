@@ -46,6 +46,7 @@ class Framework:
     own: its own layer.
     modes: the ways in which it can run a layer, the default first; none if there is only one way.
     environment: variables that are set before a rank imports the framework, unless they are set.
+    imports: large modules that the framework itself imports in the course of a run.
     collectives: what can carry the collectives of a device, its own first; empty if there is no
         choice.
     """
@@ -57,6 +58,7 @@ class Framework:
     own: OwnLayer
     modes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    imports: tuple[str, ...] = ()
     collectives: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -65,8 +67,8 @@ class Framework:
 
     @property
     def preload(self) -> tuple[str, ...]:
-        """The modules that a rank imports before it has a target."""
-        return ("syncbn.conformance.ranks.worker", self.rank.partition(":")[0])
+        """The modules that every rank will import."""
+        return ("syncbn.conformance.ranks.worker", self.rank.partition(":")[0], *self.imports)
 
     def missing_environment(self) -> dict[str, str]:
         """The variables that must be set before the framework is imported, and are not."""
@@ -88,6 +90,7 @@ FRAMEWORKS = {
             "syncbn.conformance.ranks.torch:TorchRank",
             backends.TORCH,
             OwnLayer("torch.nn", "torch.nn", note="refuses CPU tensors"),
+            imports=("torch._dynamo",),
             collectives={"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl",)},
         ),
         Framework(

@@ -317,8 +317,9 @@ class Rank(ABC):
             if step.second:
                 results = self.take_twice(layer, x, dy, cotangents, step)
             else:
-                for _ in range(step.repeat):
-                    taken = self.take(module, parallel, x, dy, step, counting)
+                for turn in range(step.repeat):
+                    counted = counting and turn == step.repeat - 1
+                    taken = self.take(module, parallel, x, dy, step, counted)
                 results, facts["collectives"] = taken
             if not isinstance(results["y"], self.framework.Tensor):
                 kind = type(results.pop("y")).__name__
