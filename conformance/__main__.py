@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
             if isinstance(oracle, str)
             else stack.enter_context(RankPool(oracle, options.ranks))
         )
-        results = progress.run(pool, cases, oracle_pool)
+        results = progress.run(pool, cases, oracle_pool, options.max_hangs)
     document = report.build(
         pool,
         results,
@@ -252,6 +252,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--out", type=Path, help="the directory of report.json (default reports/out/TARGET)"
+    )
+    run.add_argument(
+        "--max-hangs",
+        type=_positive,
+        default=runner.MAX_HANGS,
+        metavar="N",
+        help="run no more cases after N hangs, each of which costs seconds (default "
+        f"{runner.MAX_HANGS})",
     )
     replay = add("replay", _replay, "run one case again")
     replay.add_argument("case", metavar="CASE", help="an id, or a file with a case document")

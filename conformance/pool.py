@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 import syncbn
+from syncbn.conformance.activity import Activity
 from syncbn.conformance.case import Case
 from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.handshake import Reception
@@ -34,8 +35,11 @@ _JOIN_SECONDS = 20.0  # in which ranks that have all loaded form a new world
 _GRACE_SECONDS = 5.0  # in which the peers of a rank that failed must fail as well
 _PATIENCE = 10.0  # factor of all times if ranks compile every step, or interpret their kernels
 _MAX_FAILED_STARTS = 2  # in a row; after that every case is an error at once
+_IDLE_SECONDS = 1.0  # after which ranks that wait for each other hang, if nothing runs
+_MIN_BUSY_SECONDS = 5.0  # of processor time that a thread may always use
+_BUSY_SHARE = 0.25  # of a deadline that a thread may use of a processor
 _SEND_SECONDS = 5.0  # in which a rank must take a message
-_PAUSE_SECONDS = 0.5  # between looks at the processes
+_PAUSE_SECONDS = 0.2  # between looks at the processes
 _END_SECONDS = 2.0  # between the end of a connection and that of its process
 _STACK_SECONDS = 0.3  # in which a signal handler writes
 
@@ -85,7 +89,7 @@ class RankPool:
         launcher: a name of syncbn.launchers.LAUNCHERS.
 
     `starts` counts how often processes were started, and `restarts` has the reason of each start
-    after the first. `versions` names the software of the ranks.
+    after the first. `hangs` counts the cases that hung. `versions` names the software of the ranks.
     """
 
     def __init__(self, target: Target, ranks: int, launcher: str = "local") -> None:
@@ -95,6 +99,7 @@ class RankPool:
         self.versions: dict[str, str] = {}
         self.starts = 0
         self.restarts: list[Restart] = []
+        self.hangs = 0
         self._failed_starts = 0  # in a row
         self._epoch = 0
         self._launcher: Launcher | None = None
@@ -175,8 +180,13 @@ class RankPool:
             return Outcome([None] * self.ranks, error=str(error))
         began = time.monotonic()
         outcome = self._exchange(
-            {"do": "run", "case": case.document}, case.deadline, patience=_patience(self.target)
+            {"do": "run", "case": case.document},
+            case.deadline,
+            patience=_patience(self.target),
+            watch=self.target.device == "cpu",
         )
+        if outcome.hung:
+            self.hangs += 1
         if outcome.crashed or outcome.hung:
             self.stop()
             self._record(case, outcome.details, began)
@@ -249,8 +259,17 @@ class RankPool:
         deadline: float,
         only: list[int] | None = None,
         patience: float = 1.0,
+        watch: bool = False,
     ) -> Outcome:
-        """Send a message to all ranks, or to those in `only`, and wait until the deadline."""
+        """Send a message to all ranks, or to those in `only`, and wait for the answers.
+
+        Args:
+            content: the message.
+            deadline: how long to wait, in seconds.
+            only: the ranks that get it; None for all.
+            patience: a factor of all times.
+            watch: whether the wait also ends if all ranks sleep, or if one computes for too long.
+        """
         self._epoch += 1
         receivers = range(self.ranks) if only is None else only
         answers: list[Message | None] = [None] * self.ranks
@@ -268,11 +287,21 @@ class RankPool:
                 del waiting[rank]
         grace = _GRACE_SECONDS * patience
         end = time.monotonic() + (grace if crashed or stuck else deadline * patience)
+        activity: Activity | None = None
+        why = "did not answer in time"
         with selectors.DefaultSelector() as selector:
             for rank, channel in waiting.items():
                 selector.register(channel, selectors.EVENT_READ, rank)
             while waiting and (left := end - time.monotonic()) > 0:
                 ready = [key.data for key, _ in selector.select(min(left, _PAUSE_SECONDS))]
+                if watch and activity is None and not ready:
+                    assert self._job is not None
+                    activity = Activity(self._job.processes().values())
+                if activity is not None and ready:
+                    activity.wake()
+                if activity is not None and (stuck_why := _stuck(activity, deadline, patience)):
+                    why = stuck_why
+                    break
                 for rank in ready or self._ended_of(waiting):
                     try:
                         answer = self._answer(waiting[rank], dead=not ready)
@@ -287,7 +316,7 @@ class RankPool:
                             end = min(end, time.monotonic() + grace)
                     selector.unregister(waiting.pop(rank))
         hung = sorted([*waiting, *stuck])
-        return Outcome(answers, sorted(crashed), hung, self._explain(crashed, hung, answers))
+        return Outcome(answers, sorted(crashed), hung, self._explain(crashed, hung, why, answers))
 
     def _ended_of(self, waiting: dict[int, Channel]) -> list[int]:
         """The ranks that have ended. Their connections stay open in children that they forked."""
@@ -312,7 +341,7 @@ class RankPool:
         return None
 
     def _explain(
-        self, crashed: dict[int, str], hung: list[int], answers: list[Message | None]
+        self, crashed: dict[int, str], hung: list[int], why: str, answers: list[Message | None]
     ) -> str:
         if not crashed and not hung:
             return ""
@@ -324,7 +353,7 @@ class RankPool:
             f"rank {rank} sent what is no message: {sent}" if sent else self._lost([rank], "died")
             for rank, sent in sorted(crashed.items())
         ]
-        parts += [self._lost([rank], "did not answer in time") for rank in hung]
+        parts += [self._lost([rank], why) for rank in hung]
         for rank, answer in enumerate(answers):
             for error in _errors(answer):
                 parts.append(f"rank {rank} raised {error}")
@@ -362,6 +391,16 @@ def _place(lines: list[str]) -> list[str]:
     others = ("site-packages", "conformance/ranks", "<frozen")
     own = [frame for frame in frames[1:] if not any(place in frame for place in others)]
     return frames[:1] + own[:1]
+
+
+def _stuck(activity: Activity, deadline: float, patience: float) -> str:
+    """Why ranks that have not answered will not; empty if they may."""
+    if (idle := activity.idle_seconds()) > _IDLE_SECONDS * patience:
+        return f"did not answer, and no rank did anything for {idle:.1f} s"
+    longest = max(_MIN_BUSY_SECONDS, _BUSY_SHARE * deadline) * patience
+    if activity.busiest_seconds() > longest:
+        return f"did not answer in {longest:.0f} s of processor time"
+    return ""
 
 
 def _patience(target: Target) -> float:

@@ -15,13 +15,16 @@ from syncbn.conformance.runner import Result
 _CASES_A_LINE = 50
 
 
-def run(pool: RankPool, cases: Sequence[Case], oracle: RankPool | str) -> list[Result]:
+def run(
+    pool: RankPool, cases: Sequence[Case], oracle: RankPool | str, max_hangs: int
+) -> list[Result]:
     """Start the ranks and run the cases.
 
     Args:
         pool: the ranks of the target.
         cases: in the order of the run.
         oracle: the ranks of the oracle, or why there is none.
+        max_hangs: see syncbn.conformance.runner.run.
     """
     console = Console(stderr=True, highlight=False)
     console.print(f"{pool.target.name}: starting {pool.ranks} ranks")
@@ -53,4 +56,5 @@ def run(pool: RankPool, cases: Sequence[Case], oracle: RankPool | str) -> list[R
             if not console.is_terminal and done % _CASES_A_LINE == 0:
                 console.print(f"{done} of {len(cases)} cases, {failed} not passed")
 
-        return runner.run(pool, cases, progress, oracle if isinstance(oracle, RankPool) else None)
+        ranks_of_oracle = oracle if isinstance(oracle, RankPool) else None
+        return runner.run(pool, cases, progress, ranks_of_oracle, max_hangs)

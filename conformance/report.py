@@ -43,7 +43,7 @@ def build(
     """
     clauses = [_clause(name, results, pool.ranks, level) for name in CLAUSES]
     counting = [clause["verdict"] for clause in clauses if clause["required"]]
-    ran = [result.case.id for result in results]
+    ran = [result.case.id for result in results if result.verdict.verdict != "not-run"]
     missing = must_pass.missing(pool.ranks, profile, ran)
     verdicts = [result.verdict.verdict for result in results]
     return {

@@ -15,6 +15,8 @@ from syncbn.conformance.pool import Outcome, RankPool, went_wrong
 from syncbn.conformance.verdict import Verdict
 from syncbn.reference.ratio import THRESHOLD
 
+MAX_HANGS = 50  # each costs seconds
+
 # Which of three departs from the others: the target, the oracle or the reference.
 FINDINGS = {
     "agree": "all three agree",
@@ -63,11 +65,21 @@ def run(
     cases: Sequence[Case],
     progress: Callable[[Result], None],
     oracle: RankPool | None = None,
+    max_hangs: int = MAX_HANGS,
 ) -> list[Result]:
-    """Run all cases in their order, and call `progress` after each."""
+    """Run all cases in their order, and call `progress` after each.
+
+    After `max_hangs` hangs of the target no more case runs, and after as many of the oracle the
+    oracle gets no more.
+    """
     results = []
     for case in cases:
-        results.append(run_case(pool, case, oracle))
+        if pool.hangs >= max_hangs:
+            reason = f"not run after {max_hangs} hangs (see --max-hangs)"
+            results.append(Result(case, Verdict("not-run", None, reason), 0.0))
+        else:
+            asked = oracle if oracle is None or oracle.hangs < max_hangs else None
+            results.append(run_case(pool, case, asked))
         progress(results[-1])
     return results
 

@@ -56,9 +56,19 @@ def test_a_bad_case_costs_one_case() -> None:
     assert "rank 1 died" in str(results[1].message)
     assert "rank 1 did not answer in time" in str(results[3].message)
     assert "planted.py" in str(results[3].message)
+    assert "rank 0 did not answer, and no rank did anything for 1" in str(results[5].message)
     assert "groups.py" in str(results[5].message)
     assert "rank 1 raised RuntimeError: planted" in str(results[5].message)
     assert not any(alive(pid) for pid in left)
+
+
+def test_an_endless_loop_is_seen_by_the_time_of_its_processor() -> None:
+    """However long the deadline is, and however busy the machine."""
+    with RankPool(targets.parse(f"{PLANTED}:FailsByChannels"), 2) as pool:
+        found = runner.run_case(pool, case(65)).verdict
+    assert found.verdict == "hang"
+    assert "rank 1 did not answer in 5 s of processor time" in str(found.message)
+    assert "planted.py" in str(found.message)
 
 
 @pytest.mark.parametrize(("rung", "verdict"), [("device", "hang"), ("interpreted", "pass")])

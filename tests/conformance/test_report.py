@@ -57,6 +57,18 @@ def test_a_run_with_an_error_has_no_verdict() -> None:
     assert document["summary"]["cases"]["error"] == 1
 
 
+def test_a_run_that_gave_up_does_not_pass() -> None:
+    """The cases that did not run are missing, whatever clauses count."""
+    assert report_of({DECIDED: "not-run"}, "documented")["summary"]["verdict"] == "pass"
+    results = [Result(c, Verdict("not-run" if c.clause == DECIDED else "pass"), 0.1) for c in CASES]
+    pool = RankPool(targets.parse("syncbn.torch"), RANKS)
+    document = report.build(
+        pool, results, profile="smoke", level="documented", seconds=1.0, oracle="--oracle none"
+    )
+    assert document["must_pass"]["missing"] == [c.id for c in CASES if c.clause == DECIDED]
+    assert document["summary"]["verdict"] == "fail"
+
+
 def test_only_documented_clauses_count_if_that_is_the_level() -> None:
     for name, verdict in ((DECIDED, "pass"), (DOCUMENTED, "fail")):
         assert report_of({name: "fail"}, "documented")["summary"]["verdict"] == verdict

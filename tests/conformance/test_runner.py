@@ -33,7 +33,19 @@ class Answers:
         return Outcome([self.message])
 
 
+class Hangs:
+    """A pool whose rank never answers."""
+
+    hangs = 0
+
+    def run(self, case: Case) -> Outcome:
+        self.hangs += 1
+        return Outcome([None], hung=[0], details="d")
+
+
 class NeverRuns:
+    hangs = 0
+
     def run(self, case: Case) -> Outcome:
         raise AssertionError("the oracle must not run")
 
@@ -65,3 +77,25 @@ def test_no_oracle_runs_what_the_target_does_not_support() -> None:
     result = run_case(Answers(unsupported="no float64"), NeverRuns())
     assert (result.verdict.verdict, result.verdict.message) == ("unsupported", "no float64")
     assert result.comparison is None
+
+
+def test_a_run_gives_up_after_some_hangs() -> None:
+    seen: list[runner.Result] = []
+    pool = Hangs()
+    found = runner.run(cast(RankPool, pool), [CASE] * 5, seen.append, max_hangs=2)
+    assert [result.verdict.verdict for result in found] == ["hang"] * 2 + ["not-run"] * 3
+    assert found == seen
+    assert found[-1].verdict.message == "not run after 2 hangs (see --max-hangs)"
+    assert pool.hangs == 2
+
+
+def test_a_run_gives_up_an_oracle_after_some_hangs() -> None:
+    class Right(Answers):
+        hangs = 0
+
+    oracle = Hangs()
+    found = runner.run(
+        cast(RankPool, Right()), [CASE] * 3, lambda _: None, cast(RankPool, oracle), max_hangs=2
+    )
+    assert [result.verdict.verdict for result in found] == ["pass"] * 3
+    assert [result.comparison is None for result in found] == [False, False, True]

@@ -211,13 +211,12 @@ def test_a_peer_that_takes_nothing_costs_a_time_out() -> None:
         (60, "rank 1 sent what is no message: not a message: "),
         (61, "rank 1 sent what is no message: an answer must have the epoch"),
         (62, "rank 1 sent what is no message: a message must have at most"),
-        (63, "rank 1 did not answer in time"),
+        (63, "rank 1 did not answer, and no rank did anything"),
     ],
 )
 def test_garbage_from_a_rank_costs_one_case(channels: int, text: str) -> None:
     with RankPool(targets.parse(UNRULY), 2) as pool:
-        of = Case(**{**vars(case(channels)), "deadline": 4.0 if channels == 63 else 20.0})
-        found = runner.run_case(pool, of).verdict
+        found = runner.run_case(pool, case(channels)).verdict
         assert found.verdict == ("hang" if channels == 63 else "crash")
         assert text in str(found.message)
         assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
