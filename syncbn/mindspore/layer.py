@@ -27,7 +27,14 @@ from syncbn.mindspore.groups import ALONE, Group, communication_began, resolve
 from syncbn.mindspore.layout import LeadingOnes, count_of, per_channel
 from syncbn.mindspore.normalize import Normalize, NormalizeByConstants
 from syncbn.mindspore.settings import Settings, Values
-from syncbn.mindspore.step import DTYPES, BatchStatistics, dtype_name, problem_of, raise_problem
+from syncbn.mindspore.step import (
+    DTYPES,
+    BatchStatistics,
+    dtype_name,
+    fixed_words,
+    problem_of,
+    raise_problem,
+)
 
 _CellT = TypeVar("_CellT", bound=nn.Cell)
 
@@ -77,8 +84,9 @@ class SyncBatchNorm(nn.Cell):
     recomputes single operations.
 
     It runs in PyNative mode, and under ms.jit or in graph mode for shapes that the compiler knows.
-    In a graph, and on Ascend, all ranks raise an error only with SYNCBN_DEBUG=1. The rank at fault
-    always raises. A graph does not compare the layers of the ranks.
+    In a graph, and on Ascend, all ranks raise an error only with SYNCBN_DEBUG=1, and only then are
+    their layers compared. The rank at fault always raises. A graph cannot compare layers with more
+    than 512 channels on one rank and other channels on another.
     In the backward of parallel branches a graph keeps the collectives of all ranks in step only if
     all ranks have the same graph. They do not if one of them has no data, or freezes its input, or
     with SYNCBN_DEBUG=1. On CPU the gradients are then NaN, and never another number.
@@ -308,6 +316,8 @@ class SyncBatchNorm(nn.Cell):
         agreed = None
         if not compiling():
             agreed = self._agreed_settings()
+        elif may_sync_host():
+            agreed = self._agreed_words()
         mean, var, invstd, n = self._step.group_statistics(
             x, weight, bias, self._settings.eps, problem, agreed
         )
@@ -334,6 +344,19 @@ class SyncBatchNorm(nn.Cell):
             tracks,
             self._backend_name,
         )
+
+    def _agreed_words(self) -> Tensor:
+        """The same in a graph, as words of the header; momentum None is -1."""
+        settings = self._settings
+        vector = self.running_mean if self.weight is None else self.weight
+        dtype = None if vector is None else vector.dtype
+        affine = self.weight is not None
+        words = fixed_words(self.num_features, dtype, affine, self._backend_name)
+        momentum = settings.tracks * (settings.taken - settings.cumulative + 1) - 1
+        live = ops.stack([settings.eps, momentum, settings.tracks])
+        fixed = Tensor(words, statistics_dtype())
+        # In the order of protocol.Settings.
+        return ops.cat([fixed[:1], live[:2], fixed[3:5], live[2:], fixed[6:]])
 
     def _evaluate(self, x: Tensor) -> Tensor:
         raise_problem(problem_of(x, self.num_features, self.weight))

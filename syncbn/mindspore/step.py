@@ -38,6 +38,10 @@ INLINE_CHANNELS = 512
 
 _BACKENDS = tuple(MINDSPORE)
 
+# In a graph, where an error cannot show what each rank has.
+_DIFFERS = f"the layers of a group must have the same {', '.join(protocol.Settings._fields)}"
+_SEE = "take the step in PyNative mode, whose error shows what each rank has"
+
 
 class BatchStatistics(nn.Cell):
     """Statistics of the inputs of all ranks of a group, by one all_gather; not differentiable.
@@ -62,7 +66,7 @@ class BatchStatistics(nn.Cell):
         bias: Tensor | None,
         eps: Tensor,
         problem: tuple[str, str] | None,
-        settings: protocol.Settings | None,
+        settings: protocol.Settings | Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean, biased variance and 1 / sqrt(var + eps), (C,) each, of n values (a scalar tensor).
 
@@ -71,7 +75,8 @@ class BatchStatistics(nn.Cell):
             weight, bias: to find out whether a backward of this rank will reach the layer.
             eps: a scalar.
             problem: see `problem_of`.
-            settings: what the layers of all ranks must have in common; None to compare nothing.
+            settings: what the layers of all ranks must have in common; in a graph, its words in the
+                header. None to compare nothing.
 
         Raises:
             TypeError, ValueError: there is a problem, or the settings of the ranks differ.
@@ -79,7 +84,7 @@ class BatchStatistics(nn.Cell):
             PeerError: another rank raised any error; in a graph it is a RuntimeError.
         """
         if compiling():  # @jit.cond: True
-            table = self._gather_in_graph(x, problem)
+            table = self._gather_in_graph(x, problem, settings)
         else:
             table = self._gather(x, weight, bias, problem, settings)
         counts = table[:, COUNT_HIGH] * protocol.COUNT_WORD + table[:, COUNT_LOW]
@@ -132,15 +137,24 @@ class BatchStatistics(nn.Cell):
             table = ops.cat([table, rest], 1)
         return table
 
-    def _gather_in_graph(self, x: Tensor, problem: tuple[str, str] | None) -> Tensor:
+    def _gather_in_graph(
+        self, x: Tensor, problem: tuple[str, str] | None, settings: Tensor | None
+    ) -> Tensor:
         """The same, compiled: the compiler finds a wrong input, but not a peer that failed."""
         mark, count = (FAIL, 0) if problem else (protocol.BACKWARD, count_of(x.shape))
-        words = [mark, count // protocol.COUNT_WORD, count % protocol.COUNT_WORD]
-        header = Tensor(words + [0] * (HEADER_WORDS - 3), statistics_dtype())
+        words = Tensor(
+            [mark, count // protocol.COUNT_WORD, count % protocol.COUNT_WORD], statistics_dtype()
+        )
+        room = 0
+        if settings is None:
+            settings = ops.zeros((HEADER_WORDS - 3,), statistics_dtype())
+        else:
+            room = 2 * max(INLINE_CHANNELS - self.num_features, 0)
         local = ops.zeros((2 * self.num_features,), statistics_dtype())
         if not problem:
             local = self._local(x)
-        table = self.communicator.all_gather(ops.cat([header, local]))
+        message = ops.cat([words, settings, local, ops.zeros((room,), statistics_dtype())])
+        table = self.communicator.all_gather(message)
         if problem or may_sync_host():
             marks = table[:, MARK]
             if marks.max() == FAIL:
@@ -151,7 +165,12 @@ class BatchStatistics(nn.Cell):
                     raise ValueError(problem[1])
                 rank = self.rank_ids[marks.argmax()]
                 raise RuntimeError(f"rank {rank} failed: see the error that it raised")
-        return table
+            of_ranks = table[:, COUNT_LOW + 1 : HEADER_WORDS]
+            differs = ops.not_equal(of_ranks, of_ranks[:1]).any(1)
+            if differs.any():
+                rank = self.rank_ids[differs.astype(ms.int32).argmax()]
+                raise ValueError(f"{_DIFFERS}, but that of rank {rank} differs: {_SEE}")
+        return table[:, : HEADER_WORDS + 2 * self.num_features]
 
     def _local(self, x: Tensor) -> Tensor:
         """Mean and variance of this rank, (2 C,)."""
@@ -224,6 +243,14 @@ def _problem_of_form(
     except (TypeError, ValueError) as error:
         return type(error).__name__, str(error)
     return None
+
+
+@ops.constexpr
+def fixed_words(num_features: int, dtype: Any, affine: bool, backend: str) -> tuple[float, ...]:
+    """In a graph: the words of the settings in the header, with eps 0 and nothing tracked."""
+    name = None if dtype is None else dtype_name(dtype)
+    settings = protocol.Settings(num_features, 0.0, None, name, affine, False, backend)
+    return tuple(map(float, protocol.header(protocol.NOTHING, 0, settings, _BACKENDS)[3:]))
 
 
 def dtype_name(dtype: Any) -> str:

@@ -6,6 +6,7 @@ Nothing here makes MindSpore wait for each operation, as the conformance suite d
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 import inspect
 import itertools
@@ -25,9 +26,9 @@ from mindspore import Tensor, nn, ops
 from mindspore.communication import GlobalComm
 from mindspore.graph.api import _pynative_executor
 
-from syncbn import reference
+from syncbn import protocol, reference
 from syncbn.conformance import targets
-from syncbn.conformance.case import Case
+from syncbn.conformance.case import Case, ExpectedError
 from syncbn.conformance.case import Step as CaseStep
 from syncbn.conformance.data import grad_output, initial_state, shard
 from syncbn.conformance.pool import RankPool
@@ -765,6 +766,27 @@ class TestFailingTogether:
         )
         assert f"rank 1 failed: {kind}: {text}" in errors[0]["message"]
         assert errors[1]["types"][0] == kind
+
+    def test_layers_that_differ_in_a_graph(self) -> None:
+        """The suite sets SYNCBN_DEBUG=1 for a step with an error."""
+        target = targets.parse("syncbn.mindspore", mode="graph")
+        good = CaseStep(((5, 3), (4, 3)), "train")
+        error = ExpectedError("ValueError", (1,))
+        settings = protocol.Settings._fields
+        with RankPool(target, 2) as pool:
+            for step, own in (
+                (CaseStep(((5, 3), (4, 4)), "train", error=error), {"num_features": 4}),
+                (dataclasses.replace(good, error=error), {"eps": 0.5}),
+                (dataclasses.replace(good, error=error), {"momentum": None}),
+            ):
+                case = Case(
+                    "ERR-9", "differs", 2, {"num_features": 3}, (step,), ("y",), layers=((1, own),)
+                )
+                for answer in pool.run(case).answers:
+                    assert answer is not None
+                    message = answer.content["steps"][0]["error"]["message"]
+                    assert f"must have the same {', '.join(settings)}, but" in message
+                    assert "rank 1 differs: take the step in PyNative" in message
 
     def test_a_wide_layer_that_differs(self) -> None:
         """Its statistics do not go into the first message, whose length all ranks share."""
