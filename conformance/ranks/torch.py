@@ -80,6 +80,7 @@ class TorchRank(Rank):
                     True,
                     wait_for_workers=False,
                     master_listen_fd=os.dup(listener.fileno()),
+                    use_libuv=False,  # that of torch 2.7.1 takes no socket
                 )
         return self.store.port
 
