@@ -385,7 +385,7 @@ class TestVendor:
         assert all(value <= THRESHOLD for found in ratios.values() for value in found.values())
 
     def test_running_var(self, standing_in: Process, backend: str) -> None:
-        """By raw moments at mean/std 1e4, and by invstd where var is far below eps besides."""
+        """Raw moments lose it at mean/std 1e4, and invstd where var is far below eps."""
         ratios = standing_in(ratios_of, backend, 1e4, 1.0)
         assert ratios["ours"]["running_var"] <= THRESHOLD < ratios["moments"]["running_var"]
         ratios = standing_in(ratios_of, backend, 1e-2, 1e-6)

@@ -314,7 +314,7 @@ class TestValues:
             x, dy = (randn(*shape, dtype=dtype, seed=s) for s in (seed, 9))
             assert_step(layer, x, dy, mode)
 
-    def test_momentum_near_one_beside_float32_statistics(
+    def test_momentum_near_one_with_float32_statistics(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As on Ascend. In float32, 1 - 0.999 has four digits left."""

@@ -499,7 +499,7 @@ class TestTraining:
         for step in range(3):
             assert_step(layer, randn(5, 3, seed=step), randn(5, 3, seed=9))
 
-    def test_momentum_near_one_beside_float32_statistics(self) -> None:
+    def test_momentum_near_one_with_float32_statistics(self) -> None:
         """As on Ascend. In float32, 1 - 0.999 has four digits left."""
         mean, var = torch.full((3,), 5.0), torch.full((3,), 7.0)
         messages.move(Running(mean, var, None, 0.999), torch.zeros(3), torch.zeros(3))

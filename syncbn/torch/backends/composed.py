@@ -2,13 +2,13 @@
 
 On CPU they are ATen's native batch-norm kernels. Used as they are, those lose accuracy: on
 channels-last input they add up float32 values one after the other, so that 1e5 values of mean/std
-1e4 leave no digit of the variance. Here a reduction in the type of its input only sees columns of
-at most `_BLOCK` values, which are merged in float64; the others add up in float64 from the start,
-and so do columns whose squares overflow float32, where the host may look.
+1e4 leave no digit of the variance. Here the kernels get columns of at most `_BLOCK` values, and
+the results of all columns are merged in float64. Other values are converted to float64 and added
+up in it: those of few rows, and those whose squares overflow float32 (if the host may look).
 
 The native kernels of other devices have other limits and leave out other results. There each
-operation is its formula, in the dtype of the statistics: right on every device, but slow, because
-it copies x into that dtype.
+operation is its formula, in the dtype of the statistics. That is right on every device, but slow,
+because it copies x into that dtype.
 """
 
 from __future__ import annotations
