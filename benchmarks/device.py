@@ -140,6 +140,8 @@ class Counting(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         to = kwargs.get("device")
         to = None if to is None else torch.device(to)
+        if to is not None and to.type == "npu":  # as PyTorch's own code sees a tensor of the device
+            to = self.device
         here = any(isinstance(leaf, DeviceTensor) for leaf in tree_leaves((args, kwargs)))
         if not here and (to is None or to.type != self.device.type):
             return func(*args, **kwargs)
