@@ -13,8 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from syncbn.protocol import COUNT_HIGH, COUNT_LOW, COUNT_WORD, HEADER_WORDS
+from syncbn.protocol import HEADER_WORDS
 from syncbn.torch.backends import Running
+
+# A message begins with the header and two words more: the rank's share of n and of n - 1, so that
+# their sums over the ranks are n and n - 1. The count in the header is exact; these are rounded.
+WORDS = HEADER_WORDS + 2
 
 # Below it, r + f (b - r), as `lerp_` forms it, is within the bound of (1 - f) r + f b.
 _LERP = 0.5
@@ -27,6 +31,11 @@ def constant(words: tuple[float, ...], dtype: torch.dtype, device: torch.device)
         return torch.tensor(words, dtype=dtype).to(device)
 
 
+def first_words(header: Sequence[float], count: int, ranks: int) -> tuple[float, ...]:
+    """The first WORDS words of the message of a rank, one of so many."""
+    return *header, count, count - 1 / ranks
+
+
 def pack_stats(header: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """The message [header, mean, var]."""
     return torch.cat([header, mean.to(header.dtype), var.to(header.dtype)])
@@ -35,15 +44,18 @@ def pack_stats(header: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 def combine_ranks(
     table: Tensor, counts: Sequence[int] | None, filled: bool, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    means, variances = table[:, HEADER_WORDS:].view(len(table), 2, -1).unbind(1)
+    means, variances = table[:, WORDS:].view(len(table), 2, -1).unbind(1)
     n, weights = _weights(table, counts, filled)
     mean = (weights[:, :1] * means).sum(0)
     away = means - mean
     squares = torch.addcmul(variances, away, away)
-    var, unbiased = (weights.unsqueeze(2) * squares.unsqueeze(1)).sum(0).unbind(0)
+    # Every rank adds its share of eps to the biased variance, which saves an operation.
+    share = constant((eps / len(table), 0.0), table.dtype, table.device).view(1, 2, 1)
+    terms = torch.addcmul(share, weights.unsqueeze(2), squares.unsqueeze(1))
+    var_eps, unbiased = terms.sum(0).unbind(0)
     if running is not None:
         move(running, mean, unbiased, None if filled else n > 0)
-    return mean, (var + eps).rsqrt(), n
+    return mean, var_eps.rsqrt(), n
 
 
 def pack_grad(
@@ -62,12 +74,10 @@ def _weights(table: Tensor, counts: Sequence[int] | None, filled: bool) -> tuple
         words = [count / max(total, 1) for count in counts for total in (n, n - 1)]
         weights = constant(tuple(words), table.dtype, table.device)
         return table.new_full((), n), weights.view(-1, 2)
-    own = torch.add(table[:, COUNT_LOW], table[:, COUNT_HIGH], alpha=COUNT_WORD)
-    total = own.sum()
-    divisors = total - constant((0.0, 1.0), table.dtype, table.device)
-    if not filled:
-        divisors = divisors.clamp(min=1)
-    return total, own.unsqueeze(1) / divisors
+    shares = table[:, HEADER_WORDS:WORDS]
+    totals = shares.sum(0)
+    divisors = totals if filled else totals.clamp(min=1)
+    return totals[0], shares[:, :1] / divisors
 
 
 @torch.no_grad()
@@ -84,7 +94,11 @@ def move(running: Running, mean: Tensor, unbiased: Tensor, if_filled: Tensor | N
         taken = running.steps.clamp(min=1).to(mean.dtype).reciprocal()
     else:
         taken = running.momentum
-    for buffer, batch in ((running.mean, mean), (running.var, unbiased)):
+    buffers, batches = [running.mean, running.var], [mean, unbiased]
+    if if_filled is None and isinstance(taken, float) and _may_lerp(buffers[0], mean, taken):
+        torch._foreach_lerp_(buffers, batches, taken)
+        return
+    for buffer, batch in zip(buffers, batches, strict=True):
         if if_filled is None:
             _move_one(buffer, batch, taken)
         else:
@@ -98,9 +112,13 @@ def _move_one(buffer: Tensor, batch: Tensor, taken: float | Tensor) -> None:
 
     1 - taken is formed on the host where it can be: in float32, 1 - 0.999 has four digits left.
     """
-    if buffer.dtype == batch.dtype and not (isinstance(taken, float) and taken >= _LERP):
+    if _may_lerp(buffer, batch, taken):
         buffer.lerp_(batch, taken)
     elif buffer.dtype == torch.float32 and isinstance(taken, float):
         buffer.mul_(1 - taken).add_(batch, alpha=taken)
     else:
         buffer.copy_((1 - taken) * buffer.to(batch.dtype) + taken * batch)
+
+
+def _may_lerp(buffer: Tensor, batch: Tensor, taken: float | Tensor) -> bool:
+    return buffer.dtype == batch.dtype and not (isinstance(taken, float) and taken >= _LERP)

@@ -25,7 +25,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from syncbn.contract import check_count
 from syncbn.torch import layout, step
-from syncbn.torch.backends import Running, statistics_dtype
+from syncbn.torch.backends import Running
 from syncbn.torch.groups import ALONE_KEY, Communicator
 from syncbn.torch.messages import move
 
@@ -80,6 +80,7 @@ def _transformed_statistics(
     num_features: int,
     eps: float,
     momentum: float | None,
+    dtype: str | None,
     *given: Any,
 ) -> tuple[Tensor, ...]:
     *_, problem, group, _ = given
@@ -93,7 +94,7 @@ def _transformed_statistics(
     count = x.numel() // num_features
     if group != ALONE_KEY:
         check_count(count)
-    values = x.to(statistics_dtype(x.device))
+    values = x.to(step.dtype_of_statistics(x, weight, dtype))
     dims, per_channel = _per_channel(x)
     mean = values.sum(dims) / max(count, 1)
     var = (values - mean.view(per_channel)).square().sum(dims) / max(count, 1)
@@ -126,9 +127,18 @@ def _per_channel(x: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _fake_statistics(
-    x: Tensor, weight: Any, mean: Any, var: Any, steps: Any, num_features: int, *_: Any
+    x: Tensor,
+    weight: Any,
+    running_mean: Any,
+    running_var: Any,
+    num_batches_tracked: Any,
+    num_features: int,
+    eps: Any,
+    momentum: Any,
+    dtype: str | None,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
-    mean = x.new_empty(num_features, dtype=statistics_dtype(x.device))
+    mean = x.new_empty(num_features, dtype=step.dtype_of_statistics(x, weight, dtype))
     return mean, torch.empty_like(mean), mean.new_empty(())
 
 

@@ -22,7 +22,7 @@ from syncbn.protocol import COUNT_HIGH, COUNT_LOW, HEADER_WORDS, MARK
 from syncbn.torch import backends, layout
 from syncbn.torch.backends import Running, may_sync_host, statistics_dtype
 from syncbn.torch.groups import ALONE_KEY, Communicator
-from syncbn.torch.messages import constant
+from syncbn.torch.messages import WORDS, constant, first_words
 
 DTYPES = tuple(getattr(torch, name) for name in FLOATING)
 
@@ -69,6 +69,8 @@ def statistics(
     """
     communicator = Communicator.of_key(group)
     device = device_of_step(x, weight)
+    sent = dtype_of_statistics(x, weight, dtype)
+    ranks = len(communicator.ranks)
     error: Exception | None = None
     count = 0
     running = None
@@ -91,7 +93,7 @@ def statistics(
             )
             mark = protocol.BACKWARD if differentiates else protocol.NOTHING
             words = protocol.header(mark, count, settings, _BACKENDS)
-            header = constant(tuple(words), statistics_dtype(device), device)
+            header = constant(first_words(words, count, ranks), sent, device)
             if count:
                 rows = layout.to_rows(x, layout.is_channels_last(x))
                 message = operations.pack_stats(rows, header).to(header.dtype)
@@ -100,10 +102,10 @@ def statistics(
                 message = torch.cat([header, header.new_zeros(2 * num_features)])
         except Exception as caught:
             error = caught
-            length = HEADER_WORDS + 2 * num_features
-            message = torch.zeros(length, dtype=statistics_dtype(device), device=device)
-            message[MARK] = protocol.FAIL
-        if len(communicator.ranks) > 1:
+            words = [protocol.FAIL] + [0.0] * (HEADER_WORDS - 1)
+            header = constant(first_words(words, 0, ranks), sent, device)
+            message = torch.cat([header, header.new_zeros(2 * num_features)])
+        if ranks > 1:
             table, counts = _gather(message, error, communicator)
         elif error:
             raise error
@@ -111,7 +113,9 @@ def statistics(
             if group != ALONE_KEY:
                 check_count(count)
             table, counts = message.unsqueeze(0), [count]
-        return operations.combine_ranks(table, counts, count > 1, eps, running)
+        results = operations.combine_ranks(table, counts, count > 1, eps, running)
+        mean, invstd, n = (result.to(sent) for result in results)
+        return mean, invstd, n
 
 
 def normalize(
@@ -273,6 +277,12 @@ def device_of_step(x: Tensor, weight: Tensor | None) -> torch.device:
     return x.device if weight is None else weight.device
 
 
+def dtype_of_statistics(x: Tensor, weight: Tensor | None, dtype: str | None) -> torch.dtype:
+    """The dtype of what `statistics` returns. dtype: of the layer, by name."""
+    data = x.dtype if dtype is None else getattr(torch, dtype)
+    return statistics_dtype(device_of_step(x, weight), data)
+
+
 def raise_problem(problem: str) -> None:
     """Raise the error that `problem` describes, as "TypeError: text" or "ValueError: text"."""
     kind, _, text = problem.partition(": ")
@@ -289,7 +299,7 @@ def _gather(
         if error:
             raise error
         return table, None
-    length = HEADER_WORDS + 2 * INLINE_CHANNELS
+    length = WORDS + 2 * INLINE_CHANNELS
     inline, rest = message[:length], message[length:]
     unused = constant((0.0,) * (length - inline.numel()), message.dtype, message.device)
     table = communicator.all_gather(torch.cat([inline, unused]))

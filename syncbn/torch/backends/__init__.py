@@ -97,9 +97,18 @@ class Backend(Protocol):
         """
 
 
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which statistics are merged and sent: float64 where every such device has it."""
-    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+def statistics_dtype(device: torch.device, data: torch.dtype = torch.float64) -> torch.dtype:
+    """The dtype in which the statistics of such data are merged and sent.
+
+    float64 where it costs nothing to speak of, or data of it can be: on CPU and CUDA. On CUDA,
+    float32 data have statistics of float32, like the kernels, because a conversion is a launch. But
+    where the ranks read each other's marks, it does not depend on the data, which may be wrong.
+    """
+    if device.type not in ("cpu", "cuda"):
+        return torch.float32
+    if device.type == "cuda" and data != torch.float64 and not may_sync_host(device):
+        return torch.float32
+    return torch.float64
 
 
 def may_sync_host(device: torch.device) -> bool:

@@ -116,11 +116,8 @@ def input_grad(
     dtype = _accumulating(x)
     count = n.to(dtype).view(1)
     if x.is_cuda:
-        sum_dy, sum_dy_xmu, count = (
-            sum_dy / n,
-            sum_dy_xmu / n,
-            constant((1,), torch.int32, x.device),
-        )
+        sum_dy, sum_dy_xmu = torch._foreach_div([sum_dy, sum_dy_xmu], n)
+        count = constant((1,), torch.int32, x.device)
     return torch.batch_norm_backward_elemt(
         dy,
         x,

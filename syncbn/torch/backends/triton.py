@@ -17,7 +17,8 @@ import triton
 from syncbn.kernels import batch_norm
 from syncbn.kernels.operations import Operations
 from syncbn.kernels.variants import Variant
-from syncbn.protocol import COUNT_HIGH, HEADER_WORDS
+from syncbn.protocol import COUNT_HIGH
+from syncbn.torch.messages import WORDS
 
 _PROGRAMS_OF_INTERPRETER = 3  # they take turns, but share the work as on a device
 _PROGRAMS_PER_MULTIPROCESSOR = 8  # CUDA: 32 warps; not tuned on a device
@@ -54,7 +55,7 @@ def _accelerator(device: torch.device) -> tuple[str, int]:
     )
 
 
-_operations = Operations(_launch, _machine, HEADER_WORDS, COUNT_HIGH)
+_operations = Operations(_launch, _machine, WORDS, COUNT_HIGH)
 
 stats = _operations.stats
 combine = _operations.combine

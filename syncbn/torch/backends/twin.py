@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from syncbn.kernels import twin
-from syncbn.protocol import COUNT_HIGH, HEADER_WORDS
+from syncbn.protocol import COUNT_HIGH
+from syncbn.torch.messages import WORDS
 
-_operations = twin.operations(header_words=HEADER_WORDS, count_word=COUNT_HIGH)
+_operations = twin.operations(header_words=WORDS, count_word=COUNT_HIGH)
 
 stats = _operations.stats
 combine = _operations.combine
