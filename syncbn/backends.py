@@ -5,6 +5,8 @@ No framework is imported here. Devices are named as PyTorch names them: cpu, cud
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ class BackendInfo:
     name: the value of `backend=` and of SYNCBN_BACKEND.
     module: the module of the five operations, imported when a layer uses the backend.
     default_on: the devices that use it if no backend is named.
+    preferred_on: the devices that use it rather than their default, and the distributions that must
+        be installed for that.
     float64_on: the devices on which it computes in float64.
     on_cpu: what its results on CPU stand for: "device" is the backend itself; "substituted" is the
         backend with substitutes for kernels that CPU does not have; "interpreted" are our kernels
@@ -29,6 +33,7 @@ class BackendInfo:
     name: str
     module: str
     default_on: tuple[str, ...] = ()
+    preferred_on: tuple[tuple[str, tuple[str, ...]], ...] = ()
     float64_on: tuple[str, ...] = ()
     on_cpu: str = "device"
     needs: tuple[str, ...] = ()
@@ -59,6 +64,8 @@ TORCH = _by_name(
     BackendInfo(
         "triton",
         "syncbn.torch.backends.triton",
+        # It launches less and moves less than `aten`, most of all in halves (docs/performance.md).
+        preferred_on=(("npu", ("triton-ascend", "pybind11")),),
         on_cpu="interpreted",
         needs=("triton", "pybind11"),
         install=_TRITON,
@@ -92,8 +99,20 @@ MINDSPORE = _by_name(
 
 def default(backends: Mapping[str, BackendInfo], device: str) -> BackendInfo:
     """The backend of a device type; the first for a device that is no backend's default."""
+    for backend in backends.values():
+        if _are_installed(dict(backend.preferred_on).get(device)):
+            return backend
     of_device = [backend for backend in backends.values() if device in backend.default_on]
     return of_device[0] if of_device else next(iter(backends.values()))
+
+
+@functools.cache
+def _are_installed(distributions: tuple[str, ...] | None) -> bool:
+    """Whether there are any and all are installed."""
+    try:
+        return bool([importlib.metadata.version(name) for name in distributions or ()])
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def choose(backends: Mapping[str, BackendInfo], name: str, device: str) -> BackendInfo:

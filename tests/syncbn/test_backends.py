@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import syncbn
+from syncbn import backends as table
 from syncbn.backends import MINDSPORE, TORCH, BackendInfo, choose
 
 FOLDER = Path(syncbn.__file__).parent
@@ -48,6 +50,33 @@ def test_a_device_has_one_default(backends: Mapping[str, BackendInfo]) -> None:
     defaults = [device for backend in backends.values() for device in backend.default_on]
     assert len(defaults) == len(set(defaults))
     assert "cpu" in defaults
+
+
+@pytest.mark.parametrize(
+    ("installed", "on_npu"),
+    [
+        ((), "aten"),
+        (("triton", "pybind11"), "aten"),
+        (("triton-ascend",), "aten"),
+        (("triton-ascend", "pybind11"), "triton"),
+    ],
+)
+def test_the_default_on_an_npu_depends_on_what_is_installed(
+    installed: tuple[str, ...], on_npu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.delenv("SYNCBN_BACKEND", raising=False)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    table._are_installed.cache_clear()
+    chosen = {device: choose(TORCH, "auto", device).name for device in ("cpu", "cuda", "npu")}
+    table._are_installed.cache_clear()
+    assert chosen == {"cpu": "composed", "cuda": "aten", "npu": on_npu}
+    monkeypatch.setenv("SYNCBN_BACKEND", "aten")
+    assert choose(TORCH, "auto", "npu").name == "aten"
 
 
 def test_no_framework_is_imported() -> None:

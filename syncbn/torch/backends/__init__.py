@@ -123,8 +123,9 @@ def load(name: str, device: torch.device | None = None) -> Backend:
     """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else the device's default.
 
     - composed: ATen's operations, on any device;
-    - aten: the batch-norm kernels of CUDA and, by torch_npu, of Ascend; the default there;
-    - triton: the kernels of this project, on CUDA and Ascend;
+    - aten: the batch-norm kernels of CUDA and, by torch_npu, of Ascend; the default on CUDA;
+    - triton: the kernels of this project, on CUDA and Ascend; the default on Ascend, which without
+      triton-ascend has aten;
     - twin: the same as Ascend's compiler lowered them, on CPU, for tests.
 
     Raises:
