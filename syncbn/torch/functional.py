@@ -17,6 +17,11 @@ from syncbn.torch.step import DTYPES, check_input, dtype_name, raise_problem
 
 _NO_COUNTER = "ValueError: momentum=None (cumulative average) needs num_batches_tracked"
 
+_DISTRIBUTED = (
+    "TypeError: input must be a plain tensor in training, got DTensor: give the layer the part of "
+    "this rank, input.to_local(). It normalizes with the statistics of all ranks"
+)
+
 
 def sync_batch_norm(
     input: Tensor,
@@ -80,10 +85,12 @@ def sync_batch_norm(
             check_input(input, num_features, weight)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
     problem = _problem(input, vectors, num_features)
+    if _is_distributed(input):
+        problem = problem or _DISTRIBUTED
     tracks = running_mean is not None
     if tracks and momentum is None and num_batches_tracked is None:
         problem = problem or _NO_COUNTER
-    if not isinstance(input, Tensor):
+    if not isinstance(input, Tensor) or _is_distributed(input):
         input = torch.empty(0, device=given[0].device if given else None)
     group = key_of(process_group) if training else ALONE_KEY
     mean, invstd, n = statistics(
@@ -107,6 +114,11 @@ def sync_batch_norm(
 def _channels(input: Any) -> int:
     """C as the input has it; 0 if it has none, which `check_input` refuses."""
     return input.shape[1] if isinstance(input, Tensor) and input.dim() > 1 else 0
+
+
+def _is_distributed(input: Any) -> bool:
+    """Whether it is a DTensor, whose module is not imported for this question."""
+    return type(input).__name__ == "DTensor"
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:

@@ -294,6 +294,19 @@ class TestBatchStatistics:
         ):
             torch.testing.assert_close(transform(layer), transform(norm))
 
+    def test_functional_call(self) -> None:
+        """It moves the buffers that it is given, and not those of the layer."""
+        layer = make_layer()
+        given = [{k: v.clone() for k, v in layer.state_dict().items()} for _ in range(2)]
+        results = [
+            torch.func.functional_call(module, state, (X,))
+            for module, state in zip((layer, batch_norm_of(layer)), given, strict=True)
+        ]
+        torch.testing.assert_close(results[0], results[1])
+        torch.testing.assert_close(given[0], given[1])
+        assert given[0]["num_batches_tracked"] == 1
+        assert layer.num_batches_tracked == 0
+
     def test_functional_transforms_check_the_input(self) -> None:
         layer = make_layer(track_running_stats=False)
         with pytest.raises(ValueError, match="num_features=3"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import tempfile
 import warnings
 from typing import Any
 
@@ -11,15 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import PeerError
-from syncbn.torch import SyncBatchNorm
+from syncbn.torch import SyncBatchNorm, revert_sync_batchnorm
 from tests.syncbn import torch_ranks
-from tests.syncbn.torch_layers import randn
+from tests.syncbn.torch_layers import make_layer, randn
 
 RANKS = 2
 
@@ -135,6 +141,64 @@ def compiled_data_parallel(rank: int) -> None:
 # Data parallelism
 
 
+def data_parallel(rank: int) -> None:
+    """Two optimizer steps, each of two accumulated batches, give what BatchNorm does with both
+    shards in one process, whatever the options are."""
+    shards = [
+        [randn(3, 3, 4, 2, dtype=torch.float64, seed=10 * batch + r) for r in range(RANKS)]
+        for batch in range(4)
+    ]
+    single = revert_sync_batchnorm(network()).double()
+    _two_steps(single, [torch.cat(both) for both in shards])
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    choices: list[dict[str, Any]] = [
+        {},
+        {"static_graph": True},  # with which DistributedDataParallel has no no_sync
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": True, "broadcast_buffers": False},
+    ]
+    for options in choices:
+        model = network().double()
+        wrapped = DistributedDataParallel(model, **options)
+        mine = [both[rank] for both in shards]
+        _two_steps(wrapped, mine, no_sync="static_graph" not in options)
+        assert_close(list(model.state_dict().values()), list(single.state_dict().values()))
+
+
+def _two_steps(model: Any, batches: list[Tensor], no_sync: bool = False) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for start in range(0, len(batches), 2):
+        optimizer.zero_grad()
+        with model.no_sync() if no_sync else contextlib.nullcontext():
+            model(batches[start]).square().mean().backward()
+        model(batches[start + 1]).square().mean().backward()
+        optimizer.step()
+
+
+def saved_by_ranks(rank: int) -> None:
+    """A distributed checkpoint keeps all that a layer has."""
+    model, other = network(), network()
+    model(shard(rank))
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    save(model.state_dict(), checkpoint_id=folder[0])
+    loaded = other.state_dict()
+    load(loaded, checkpoint_id=folder[0])
+    assert_same(list(loaded.values()), list(model.state_dict().values()))
+
+
+def distributed_tensors(rank: int) -> None:
+    """Eval takes them as BatchNorm does; training refuses them in words."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    x = randn(4, 3)
+    layer: Any = distribute_module(make_layer(), mesh)
+    sharded = distribute_tensor(x, mesh, [Shard(0)])
+    evaluated = layer.eval()(sharded).full_tensor()
+    torch.testing.assert_close(evaluated, make_layer().eval()(x))
+    with pytest.raises(TypeError, match=r"input .* got DTensor: .* input\.to_local\(\)"):
+        layer.train()(sharded)
+
+
 def shard_fully(model: nn.Module, **arguments: Any) -> Any:
     return fully_shard(model, **arguments)
 
@@ -235,6 +299,9 @@ CHECKS = [
     no_graph_breaks,
     compiled_steps_fail_together,
     compiled_data_parallel,
+    data_parallel,
+    saved_by_ranks,
+    distributed_tensors,
     fully_sharded,
     checkpointed,
     averaged,
