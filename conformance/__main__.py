@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,13 +31,17 @@ from syncbn.conformance import (
     runner,
     targets,
 )
+from syncbn.conformance import selection as selected
 from syncbn.conformance.case import Case
 from syncbn.conformance.cases import PROFILES, REGRESSIONS, catalogue
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.conformance.document import MOST_RANKS, read
+from syncbn.conformance.place import Place
 from syncbn.conformance.pool import RankPool
+from syncbn.conformance.selection import Selection
 from syncbn.launchers import LAUNCHERS
 from syncbn.reports.commands import add_commands
+from syncbn.reports.console import PatientConsole
 from syncbn.reports.text import one_line, printable
 
 _OUT = Path("reports/out")
@@ -44,7 +49,7 @@ _STATUS = (
     "0 pass, 1 fail, 2 an error in the request, or nothing could start, 3 no verdict, because the "
     "suite or the machine failed in a case, 130 interrupted"
 )
-_STATUS_OF = {"pass": 0, "fail": 1, "error": 3}
+_STATUS_OF = {"pass": 0, "fail": 1, "error": 3, "incomplete": 130}
 
 
 class UsageError(ConformanceError):
@@ -60,16 +65,20 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status, as _STATUS describes it."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
-    # SIGTERM unwinds like Ctrl-C, so that a run which is ended leaves no rank behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options.command_line = arguments
+    # These unwind like Ctrl-C, so that a run which is ended leaves no rank behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         status: int = options.command(options)
-        sys.stdout.flush()
+        with _whatever_the_reader_does():
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # as by `list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        _discard_output()
+        return 0
     except (ConformanceError, reports.ReportError, OSError) as error:
         print(f"syncbn-conformance: {one_line(str(error))}", file=sys.stderr)
         return 2
@@ -79,12 +88,52 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    out = options.out or _OUT / options.target.replace(":", "-").replace("/", "-")
+    with Place(out) as place:
+        if not options.resume:
+            place.set_aside()
+        document = _run_in(place, options)
+        path = place.finish(document)
+    with _whatever_the_reader_does():
+        reports.summarize(document, _output())
+        print(f"report: {path}", flush=True)
+    if document["summary"]["verdict"] == "incomplete":
+        again = "the same command with --resume goes on"
+        print(f"syncbn-conformance: interrupted; {again}", file=sys.stderr)
+    return _STATUS_OF[document["summary"]["verdict"]]
+
+
+def _run_in(place: Place, options: argparse.Namespace) -> reports.Report:
+    """Run the cases that are left, keep their results in the folder, and build the report."""
     target = _target(options)
-    cases = catalogue(options.ranks, options.profile)
-    out = options.out or _OUT / target.name.replace(":", "-").replace("/", "-")
-    _make_directory(out)
+    selection = Selection(
+        selected.names(options.clause), selected.names(options.case), options.shard
+    )
+    cases = selection.of(options.ranks, options.profile)
     oracle = targets.oracle(options.oracle, target)
-    start = time.monotonic()
+    asked = {
+        "target": target.document,
+        "ranks": options.ranks,
+        "launcher": options.launcher,
+        "profile": options.profile,
+        "selection": selection.document,
+        "oracle": oracle if isinstance(oracle, str) else oracle.document,
+        "suite": report.suite(),
+    }
+    asked = json.loads(json.dumps(asked))  # as it is read back
+    if options.resume:
+        place.resume(asked)
+    else:
+        place.begin(asked, ["syncbn-conformance", *options.command_line])
+    done = {row["id"] for row in place.rows}
+    seconds = -time.monotonic() + sum(row["seconds"] for row in place.rows)
+    stopped = False
+
+    def keep(result: runner.Result) -> None:
+        place.add(report.row(result))
+        if options.fail_fast and result.verdict.verdict in ("fail", "hang", "crash", "error"):
+            raise progress.Enough
+
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(RankPool(target, options.ranks, options.launcher))
         oracle_pool: RankPool | str = (
@@ -92,19 +141,41 @@ def _run(options: argparse.Namespace) -> int:
             if isinstance(oracle, str)
             else stack.enter_context(RankPool(oracle, options.ranks))
         )
-        results = progress.run(pool, cases, oracle_pool, options.max_hangs)
-    document = report.build(
+        left = [case for case in cases if case.id not in done]
+        try:
+            progress.run(pool, left, oracle_pool, options.max_hangs, keep)
+        except KeyboardInterrupt:
+            if not place.rows:
+                raise
+            stopped = True
+    return report.build(
         pool,
-        results,
+        place.rows,
         profile=options.profile,
         level=options.level,
-        seconds=time.monotonic() - start,
+        seconds=seconds + time.monotonic(),
         oracle=oracle_pool,
+        run=place.about,
+        selection=selection,
+        stopped=stopped,
     )
-    reports.summarize(document, _output())
-    reports.save(document, out / "report.json")
-    print(f"report: {out / 'report.json'}")
-    return _STATUS_OF[document["summary"]["verdict"]]
+
+
+@contextlib.contextmanager
+def _whatever_the_reader_does() -> Iterator[None]:
+    """A closed pipe or a full disk behind standard output changes no status and loses no report."""
+    try:
+        yield
+    except BrokenPipeError:
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        print(f"syncbn-conformance: cannot print: {error.strerror}", file=sys.stderr)
+
+
+def _discard_output() -> None:
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _target(options: argparse.Namespace) -> targets.Target:
@@ -120,8 +191,8 @@ def _target(options: argparse.Namespace) -> targets.Target:
 
 def _output() -> Console:
     """Standard output, wide enough for long messages if it is a pipe or a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    console = PatientConsole()
+    return console if console.is_terminal else PatientConsole(width=120)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -204,13 +275,11 @@ def _find(wanted: str, ranks: int) -> Case:
     )
 
 
-def _make_directory(path: Path) -> None:
+def _shard(text: str) -> tuple[int, int]:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UsageError(f"cannot write reports to {path}: it is not a directory") from error
-    except OSError as error:
-        raise UsageError(f"cannot write reports to {path}: {error.strerror}") from error
+        return selected.shard(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _number_of_ranks(text: str) -> int:
@@ -258,6 +327,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--out", type=Path, help="the directory of report.json (default reports/out/TARGET)"
+    )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run that was interrupted in that directory",
+    )
+    run.add_argument(
+        "--clause",
+        action="append",
+        default=[],
+        metavar="CLAUSE",
+        help="only the cases of this clause; may be given again, or with commas",
+    )
+    run.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="only this case, of whatever profile; may be given again, or with commas",
+    )
+    run.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only part I of N of the cases; all N parts together are all of them",
+    )
+    run.add_argument(
+        "--fail-fast", action="store_true", help="run no more cases after one that fails"
     )
     run.add_argument(
         "--max-hangs",

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from syncbn.conformance import runner
 from syncbn.conformance.case import Case
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.runner import Result
+from syncbn.reports.console import PatientConsole
 
 _CASES_A_LINE = 50
 
 
+class Enough(Exception):
+    """Raised by `keep` to end a run."""
+
+
 def run(
-    pool: RankPool, cases: Sequence[Case], oracle: RankPool | str, max_hangs: int
-) -> list[Result]:
+    pool: RankPool,
+    cases: Sequence[Case],
+    oracle: RankPool | str,
+    max_hangs: int,
+    keep: Callable[[Result], None],
+) -> None:
     """Start the ranks and run the cases.
 
     Args:
@@ -25,8 +34,9 @@ def run(
         cases: in the order of the run.
         oracle: the ranks of the oracle, or why there is none.
         max_hangs: see syncbn.conformance.runner.run.
+        keep: called with each result as it comes; Enough from it ends the run.
     """
-    console = Console(stderr=True, highlight=False)
+    console = PatientConsole(stderr=True, highlight=False)
     console.print(f"{pool.target.name}: starting {pool.ranks} ranks")
     pool.start()
     if isinstance(oracle, RankPool):
@@ -52,9 +62,11 @@ def run(
             nonlocal failed, done
             done += 1
             failed += result.verdict.verdict != "pass"
+            keep(result)
             bar.update(task, advance=1, clause=result.case.clause, failed=failed)
             if not console.is_terminal and done % _CASES_A_LINE == 0:
                 console.print(f"{done} of {len(cases)} cases, {failed} not passed")
 
         ranks_of_oracle = oracle if isinstance(oracle, RankPool) else None
-        return runner.run(pool, cases, progress, ranks_of_oracle, max_hangs)
+        with contextlib.suppress(Enough):
+            runner.run(pool, cases, progress, ranks_of_oracle, max_hangs)

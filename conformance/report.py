@@ -7,7 +7,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,38 +17,51 @@ from syncbn.conformance.cases import why_none
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.runner import Comparison, Result
+from syncbn.conformance.selection import EVERYTHING, Selection
 from syncbn.conformance.targets import Target
+
+Row: TypeAlias = dict[str, Any]
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(
     pool: RankPool,
-    results: Sequence[Result],
+    rows: Sequence[Row],
     *,
     profile: str,
     level: str,
     seconds: float,
     oracle: RankPool | str,
+    run: dict[str, Any],
+    selection: Selection = EVERYTHING,
+    stopped: bool = False,
 ) -> dict[str, Any]:
     """The report of a run.
 
     Args:
         pool: the ranks of the target.
-        results: one of each case, in the order of the run.
+        rows: the result of each case, in the order of the run; see `row`.
         profile: one of syncbn.conformance.cases.PROFILES.
         level: which clauses count for the verdict, "decided" (all) or "documented".
         seconds: the duration of the run.
         oracle: the ranks of the oracle, or why there was none.
+        run: the id, the date and the command line of the run.
+        selection: the part of the profile that was to run.
+        stopped: whether something stopped the run before all its cases had run.
     """
-    clauses = [_clause(name, results, pool.ranks, level) for name in CLAUSES]
+    clauses = [_clause(name, rows, pool.ranks, level) for name in CLAUSES]
     counting = [clause["verdict"] for clause in clauses if clause["required"]]
-    ran = [result.case.id for result in results if result.verdict.verdict != "not-run"]
-    missing = must_pass.missing(pool.ranks, profile, ran)
-    verdicts = [result.verdict.verdict for result in results]
+    ran = {one["id"] for one in rows if one["verdict"] != "not-run"}
+    listed = set(must_pass.listed(pool.ranks, profile))
+    if selection != EVERYTHING:
+        listed &= {case.id for case in selection.of(pool.ranks, profile)}
+    missing = sorted(listed - ran)
+    verdicts = [one["verdict"] for one in rows]
     return {
         "schema": "syncbn-report/1",
-        "suite": {"version": syncbn.__version__, **_commit()},
+        "run": run,
+        "suite": suite(),
         "target": _target(pool.target),
         "oracle": _oracle(oracle),
         "environment": _environment()
@@ -59,37 +72,44 @@ def build(
         "profile": profile,
         "level": level,
         "seconds": round(seconds, 3),
-        "must_pass": {"listed": len(must_pass.listed(pool.ranks, profile)), "missing": missing},
+        "selection": selection.document,
+        "must_pass": {"listed": len(listed), "missing": missing},
         "restarts": [
             {"case": restart.case, "reason": restart.reason, "seconds": round(restart.seconds, 3)}
             for restart in pool.restarts
         ],
         "summary": {
-            "verdict": _summary(verdicts, counting, missing),
+            "verdict": _summary(verdicts, counting, missing, stopped),
             "required": _counts(counting),
             "cases": _counts(verdicts),
         },
         "clauses": clauses,
-        "cases": [
-            {
-                "id": result.case.id,
-                "clause": result.case.clause,
-                "spec": result.case.document,
-                "verdict": result.verdict.verdict,
-                "ratio": _number(result.verdict.ratio),
-                "message": result.verdict.message,
-                "seconds": round(result.seconds, 4),
-                "oracle": _comparison(result.comparison),
-            }
-            for result in results
-        ],
+        "cases": [*rows],
     }
 
 
-def _summary(cases: Sequence[str], required: Sequence[str], missing: Sequence[str]) -> str:
+def row(result: Result) -> Row:
+    """The result of a case as a report has it."""
+    return {
+        "id": result.case.id,
+        "clause": result.case.clause,
+        "spec": result.case.document,
+        "verdict": result.verdict.verdict,
+        "ratio": _number(result.verdict.ratio),
+        "message": result.verdict.message,
+        "seconds": round(result.seconds, 4),
+        "oracle": _comparison(result.comparison),
+    }
+
+
+def _summary(
+    cases: Sequence[str], required: Sequence[str], missing: Sequence[str], stopped: bool
+) -> str:
     """The verdict on a run; there is none on the target if the suite failed in one case."""
     if "error" in cases:
         return "error"
+    if stopped:
+        return "incomplete"
     passed = all(judged == "pass" for judged in required) and not missing
     return "pass" if passed else "fail"
 
@@ -127,15 +147,15 @@ def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
     }
 
 
-def _clause(name: str, results: Sequence[Result], ranks: int, level: str) -> dict[str, Any]:
+def _clause(name: str, rows: Sequence[Row], ranks: int, level: str) -> dict[str, Any]:
     """The row of a clause. It is required only if the target supports at least one of its cases."""
     clause = CLAUSES[name]
-    mine = [result for result in results if result.case.clause == name]
-    verdicts = [result.verdict.verdict for result in mine]
+    mine = [one for one in rows if one["clause"] == name]
+    verdicts = [one["verdict"] for one in mine]
     judged = [one for one in verdicts if one not in ("unsupported", "not-run")]
     worst = verdict.worst_of(judged or verdicts)
-    with_ratio = [result for result in mine if result.verdict.ratio is not None]
-    largest = max(with_ratio, key=lambda result: result.verdict.ratio or 0.0, default=None)
+    with_ratio = [one for one in mine if one["ratio"] is not None]
+    largest = max(with_ratio, key=lambda one: float(one["ratio"]), default=None)
     return {
         "id": name,
         "title": clause.title,
@@ -144,17 +164,16 @@ def _clause(name: str, results: Sequence[Result], ranks: int, level: str) -> dic
         "verdict": worst,
         "cases": len(mine),
         "unsupported": len(mine) - len(judged),
-        "worst_ratio": None if largest is None else _number(largest.verdict.ratio),
-        "worst_case": None if largest is None else largest.case.id,
+        "worst_ratio": None if largest is None else largest["ratio"],
+        "worst_case": None if largest is None else largest["id"],
         "reason": _reason(mine, worst) if mine else why_none(name, ranks),
     }
 
 
-def _reason(results: Sequence[Result], worst: str) -> str | None:
+def _reason(rows: Sequence[Row], worst: str) -> str | None:
     """The first message of the worst verdict; if that is a pass, why some cases were left out."""
     wanted = "unsupported" if worst == "pass" else worst
-    messages = [r.verdict.message for r in results if r.verdict.verdict == wanted]
-    return next(filter(None, messages), None)
+    return next((one["message"] for one in rows if one["verdict"] == wanted), None)
 
 
 def _counts(verdicts: Sequence[str]) -> dict[str, int]:
@@ -174,6 +193,11 @@ def _environment() -> dict[str, str]:
         "python": platform.python_version(),
         "numpy": np.__version__,
     }
+
+
+def suite() -> dict[str, Any]:
+    """The version of the suite and its commit."""
+    return {"version": syncbn.__version__, **_commit()}
 
 
 def _commit() -> dict[str, Any]:

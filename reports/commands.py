@@ -6,8 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from rich.console import Console
-
+from syncbn.reports.console import PatientConsole
 from syncbn.reports.document import Report, load
 from syncbn.reports.findings import findings
 from syncbn.reports.table import summarize
@@ -39,7 +38,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(options: argparse.Namespace) -> int:
-    summarize(_load(options.file), Console())
+    summarize(_load(options.file), PatientConsole())
     return 0
 
 

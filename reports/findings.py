@@ -70,7 +70,7 @@ def _runs(reports: Sequence[Report]) -> list[str]:
     for report in reports:
         target, environment = report["target"], report["environment"]
         versions = ", ".join(
-            markdown(f"{name} {environment[name]}")
+            _plain(f"{name} {environment[name]}")
             for name in (target["framework"], "python", "numpy", "processor")
             if name in environment
         )

@@ -28,6 +28,7 @@ _SUMMARIES = {
     "pass": ("pass", "bold green"),
     "fail": ("FAIL", "bold red"),
     "error": ("NO VERDICT, the suite or the machine failed", "bold magenta"),
+    "incomplete": ("INCOMPLETE, the run was stopped", "bold magenta"),
 }
 _OF_ORACLE = ("oracle departs", "no answer")
 _FAILING = ("fail", "hang", "crash", "error")
@@ -82,6 +83,12 @@ def _header(report: Report) -> Table:
         "profile": f"{report['profile']}, level {report['level']}",
         "suite": f"{suite['version']}, {commit}{dirty}",
     }
+    if run := report.get("run"):
+        rows["run"] = f"{run['id']}, {run['started']}"
+    if selection := report.get("selection"):
+        parts = [*selection["clauses"], *selection["cases"]]
+        parts += [f"shard {selection['shard']}"] * bool(selection["shard"])
+        rows["selection"] = f"a part of the profile only: {', '.join(parts)}"
     header = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         header.add_row(Text(name, "dim"), Text(value, overflow="fold"))

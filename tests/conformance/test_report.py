@@ -14,6 +14,7 @@ from syncbn.conformance.verdict import Verdict
 
 RANKS = 2
 CASES = catalogue(RANKS, "smoke")
+RUN = {"id": "0" * 16, "started": "2026-11-27T21:00:00+00:00", "command": []}
 DOCUMENTED, DECIDED = "FWD-1", "FWD-3"
 
 
@@ -22,8 +23,9 @@ def report_of(verdicts: dict[str, str], level: str = "decided") -> dict[str, Any
     results = [Result(c, Verdict(verdicts.get(c.clause, "pass"), 0.5, "m"), 0.1) for c in CASES]
     results += [Result(c, Verdict("pass", 0.25), 0.1) for c in CASES]
     pool = RankPool(targets.parse("syncbn.torch"), RANKS)
+    rows = [report.row(result) for result in results]
     return report.build(
-        pool, results, profile="smoke", level=level, seconds=1.0, oracle="--oracle none"
+        pool, rows, profile="smoke", level=level, seconds=1.0, oracle="--oracle none", run=RUN
     )
 
 
@@ -63,7 +65,13 @@ def test_a_run_that_gave_up_does_not_pass() -> None:
     results = [Result(c, Verdict("not-run" if c.clause == DECIDED else "pass"), 0.1) for c in CASES]
     pool = RankPool(targets.parse("syncbn.torch"), RANKS)
     document = report.build(
-        pool, results, profile="smoke", level="documented", seconds=1.0, oracle="--oracle none"
+        pool,
+        [report.row(result) for result in results],
+        profile="smoke",
+        level="documented",
+        seconds=1.0,
+        oracle="--oracle none",
+        run=RUN,
     )
     assert document["must_pass"]["missing"] == [c.id for c in CASES if c.clause == DECIDED]
     assert document["summary"]["verdict"] == "fail"
