@@ -31,6 +31,13 @@ def constant(words: tuple[float, ...], dtype: torch.dtype, device: torch.device)
         return torch.tensor(words, dtype=dtype).to(device)
 
 
+@functools.lru_cache(maxsize=1024)
+def filled(value: float, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector of equal values, made once. It must not be changed."""
+    with torch.inference_mode(False):
+        return torch.full((length,), value, dtype=dtype, device=device)
+
+
 def first_words(header: Sequence[float], count: int, ranks: int) -> tuple[float, ...]:
     """The first WORDS words of the message of a rank, one of so many."""
     return *header, count, count - 1 / ranks
@@ -63,7 +70,7 @@ def pack_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The message [sum_dy, sum_dy_xmu, 0], and the gradients of weight and bias."""
     vectors = [sum_dy.to(invstd.dtype), sum_dy_xmu.to(invstd.dtype)]
-    message = torch.cat([*vectors, constant((0.0,), invstd.dtype, invstd.device)])
+    message = torch.cat([*vectors, filled(0.0, 1, invstd.dtype, invstd.device)])
     return message, (vectors[1] * invstd).to(dtype), sum_dy.to(dtype)
 
 

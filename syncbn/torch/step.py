@@ -22,7 +22,7 @@ from syncbn.protocol import COUNT_HIGH, COUNT_LOW, HEADER_WORDS, MARK
 from syncbn.torch import backends, layout
 from syncbn.torch.backends import Running, may_sync_host, statistics_dtype
 from syncbn.torch.groups import ALONE_KEY, Communicator
-from syncbn.torch.messages import WORDS, constant, first_words
+from syncbn.torch.messages import WORDS, constant, filled, first_words
 
 DTYPES = tuple(getattr(torch, name) for name in FLOATING)
 
@@ -301,7 +301,7 @@ def _gather(
         return table, None
     length = WORDS + 2 * INLINE_CHANNELS
     inline, rest = message[:length], message[length:]
-    unused = constant((0.0,) * (length - inline.numel()), message.dtype, message.device)
+    unused = filled(0.0, length - inline.numel(), message.dtype, message.device)
     table = communicator.all_gather(torch.cat([inline, unused]))
     headers = table[:, :HEADER_WORDS].tolist()
     counts = _check_together(headers, error, message.device, communicator)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from syncbn.torch import messages
 from syncbn.torch.backends.composed import combine
-from syncbn.torch.messages import combine_ranks, constant
+from syncbn.torch.messages import combine_ranks, filled
 
 __all__ = [
     "DEVICES",
@@ -90,10 +90,10 @@ def normalize(
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     _check(x)
     mean = mean.to(_accumulating(x))
-    ones = constant((1.0,) * mean.numel(), mean.dtype, mean.device)
+    ones = filled(1.0, mean.numel(), mean.dtype, mean.device)
     if not x.is_cuda:
         x, dy = x - mean.view(1, -1, 1), dy.float()  # in float32 for halves, by one launch
-        mean = constant((0.0,) * mean.numel(), mean.dtype, mean.device)
+        mean = filled(0.0, mean.numel(), mean.dtype, mean.device)
     elif x.shape[2] > 1:
         x, dy = (t.to(mean.dtype) for t in (x, dy))
     sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
@@ -117,7 +117,7 @@ def input_grad(
     count = n.to(dtype).view(1)
     if x.is_cuda:
         sum_dy, sum_dy_xmu = torch._foreach_div([sum_dy, sum_dy_xmu], n)
-        count = constant((1,), torch.int32, x.device)
+        count = filled(1, 1, torch.int32, x.device)
     return torch.batch_norm_backward_elemt(
         dy,
         x,

@@ -13,6 +13,7 @@ because it copies x into that dtype.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from syncbn.torch import messages
 from syncbn.torch.backends import may_sync_host, statistics_dtype
+from syncbn.torch.messages import filled
 
 _BLOCK = 64  # longest column that is added up in float32: an error of 64 u at the very worst
 _CACHED = 2**18  # values that stay in the cache between two passes: 1 MiB of float32
@@ -97,12 +99,15 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         # Contiguous images the CPU kernel adds up in float64, large ones faster than in columns.
         sum_dy, sum_dy_xmu = _kernel_sums(dy, x, mean)
         return sum_dy.to(statistics_dtype(x.device)), sum_dy_xmu.to(statistics_dtype(x.device))
-    totals = mean.new_zeros(2, mean.numel(), dtype=statistics_dtype(x.device))
+    totals = []
     for dy_block, block in zip(_blocks(dy), _blocks(x), strict=True):
-        means = mean.repeat_interleave(x.shape[2]).repeat(block.shape[1])
+        columns = block.shape[1:]  # (merged, C, S)
+        means = mean.view(1, -1, 1).expand(columns).contiguous().view(-1)
         sums = _kernel_sums(_as_columns(dy_block), _as_columns(block), means)
-        totals += torch.stack([_spread(v, block).sum((0, 2)) for v in sums])
-    return totals[0], totals[1]
+        dtype = statistics_dtype(x.device)
+        totals.append([v.view(columns).sum((0, 2), dtype=dtype) for v in sums])
+    sum_dy, sum_dy_xmu = (functools.reduce(torch.add, parts) for parts in zip(*totals, strict=True))
+    return sum_dy, sum_dy_xmu
 
 
 def input_grad(
@@ -121,14 +126,20 @@ def input_grad(
         dx = dy.to(mean.dtype) - _per_channel(sum_dy / n)
         dx -= _centered(x, mean) * _per_channel(slope)
         return (dx * _per_channel(scale)).to(dy.dtype)
-    # In float32 also for halves, which are rounded once. The scale comes last: scale * slope, as
-    # a coefficient of x, underflows where x is large.
-    dx = _affine(x.to(_accumulating(x)), -slope, mean * slope - sum_dy / n)
-    scale = scale.to(dx.dtype).view(1, -1, 1)
+    # The scale comes last: scale * slope, as a coefficient of x, underflows where x is large.
+    slope, shift = -slope, mean * slope - sum_dy / n
+    dtype = _accumulating(x)
+    scale = scale.to(dtype).view(1, -1, 1)
     rows = max(1, _CACHED // x[0].numel())
-    for part, dy_part in zip(dx.split(rows), dy.split(rows), strict=True):
-        part.add_(dy_part).mul_(scale)
-    return dx.to(dy.dtype)
+    if x.dtype == dtype:
+        dx = _affine(x, slope, shift)
+        for part, dy_part in zip(dx.split(rows), dy.split(rows), strict=True):
+            part.add_(dy_part).mul_(scale)
+        return dx
+    dx = torch.empty_like(dy)  # of halves, which are rounded once, part by part in the cache
+    for part, x_part, dy_part in zip(dx.split(rows), x.split(rows), dy.split(rows), strict=True):
+        part.copy_(_affine(x_part.to(dtype), slope, shift).add_(dy_part.to(dtype)).mul_(scale))
+    return dx
 
 
 def _has_native_kernels(x: Tensor) -> bool:
@@ -198,8 +209,9 @@ def _kernel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _kernel_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy (x - mean) of each channel: the kernel's parameter gradients at std 1."""
+    ones = filled(1.0, mean.numel(), mean.dtype, mean.device)
     _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        dy, x, None, None, None, mean, torch.ones_like(mean), True, 0.0, [False, True, True]
+        dy, x, None, None, None, mean, ones, True, 0.0, [False, True, True]
     )
     return sum_dy, sum_dy_xmu
 
@@ -207,6 +219,6 @@ def _kernel_sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift, per channel, in one pass: inference with mean 0, variance 1, eps 0."""
     scale, shift = scale.to(_accumulating(x)), shift.to(_accumulating(x))
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    zeros, ones = (filled(v, scale.numel(), scale.dtype, scale.device) for v in (0.0, 1.0))
     y, _, _ = torch.native_batch_norm(x, scale, shift, zeros, ones, False, 0.0, 0.0)
     return y
