@@ -16,7 +16,7 @@ import secrets
 import selectors
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,6 +38,7 @@ _MAX_FAILED_STARTS = 2  # in a row; after that every case is an error at once
 _IDLE_SECONDS = 1.0  # after which ranks that wait for each other hang, if nothing runs
 _MIN_BUSY_SECONDS = 5.0  # of processor time that a thread may always use
 _BUSY_SHARE = 0.25  # of a deadline that a thread may use of a processor
+_MIN_MEMORY = 2 << 30  # bytes
 _SEND_SECONDS = 5.0  # in which a rank must take a message
 _PAUSE_SECONDS = 0.2  # between looks at the processes
 _END_SECONDS = 2.0  # between the end of a connection and that of its process
@@ -53,6 +54,7 @@ class Outcome:
     hung: the ranks that did not answer in time.
     details: what is known about crashes and hangs; empty if there is none.
     error: why the suite or the machine could not run the case; empty if it could.
+    changed: what the layer changed in the processes of the ranks, by rank.
     """
 
     answers: list[Message | None]
@@ -60,6 +62,7 @@ class Outcome:
     hung: list[int] = field(default_factory=list)
     details: str = ""
     error: str = ""
+    changed: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,21 @@ class RankPool:
         target: the layer to run.
         ranks: the number of processes, at least 1.
         launcher: a name of syncbn.launchers.LAUNCHERS.
+        memory: the bytes of data that each rank may have on CPU; None for its share of the
+            machine's memory.
 
     `starts` counts how often processes were started, and `restarts` has the reason of each start
     after the first. `hangs` counts the cases that hung. `versions` names the software of the ranks.
     """
 
-    def __init__(self, target: Target, ranks: int, launcher: str = "local") -> None:
+    def __init__(
+        self, target: Target, ranks: int, launcher: str = "local", memory: int | None = None
+    ) -> None:
         self.target = target
         self.ranks = ranks
         self.launcher = launcher
+        # A driver of an accelerator reserves far more than it uses.
+        self.memory = 0 if target.device != "cpu" else memory or _share_of_memory(ranks)
         self.versions: dict[str, str] = {}
         self.starts = 0
         self.restarts: list[Restart] = []
@@ -134,6 +143,7 @@ class RankPool:
             "SYNCBN_KEY": key.hex(),
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
+            "SYNCBN_MEMORY": str(self.memory),
             **FRAMEWORKS[self.target.framework].missing_environment(),
         }
         with Reception(self.ranks, key) as reception:
@@ -190,9 +200,12 @@ class RankPool:
         if outcome.crashed or outcome.hung:
             self.stop()
             self._record(case, outcome.details, began)
+        elif lasting := _changed(outcome, "lasting"):
+            self.stop()
+            self._record(case, f"the layer changed its process: {'; '.join(lasting)}", began)
         else:
             self._must_rejoin = any(went_wrong(answer) for answer in outcome.answers)
-        return outcome
+        return replace(outcome, changed=_changed(outcome, "changed"))
 
     def _prepare(self, case: Case) -> None:
         """Have ranks that are in one world.
@@ -393,6 +406,12 @@ def _place(lines: list[str]) -> list[str]:
     return frames[:1] + own[:1]
 
 
+def _share_of_memory(ranks: int) -> int:
+    """Bytes of the machine's memory for each of its ranks, but enough for a framework."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(_MIN_MEMORY, whole // ranks)
+
+
 def _stuck(activity: Activity, deadline: float, patience: float) -> str:
     """Why ranks that have not answered will not; empty if they may."""
     if (idle := activity.idle_seconds()) > _IDLE_SECONDS * patience:
@@ -405,6 +424,15 @@ def _stuck(activity: Activity, deadline: float, patience: float) -> str:
 
 def _patience(target: Target) -> float:
     return _PATIENCE if target.mode == "graph" or target.rung == "interpreted" else 1.0
+
+
+def _changed(outcome: Outcome, which: str) -> list[str]:
+    """What the layer changed on each rank on which `which` is so, in words."""
+    return [
+        f"rank {rank}: {', '.join(answer.content['changed'])}"
+        for rank, answer in enumerate(outcome.answers)
+        if answer is not None and answer.content.get(which)
+    ]
 
 
 def _errors(answer: Message | None) -> list[str]:

@@ -99,6 +99,7 @@ def row(result: Result) -> Row:
         "message": result.verdict.message,
         "seconds": round(result.seconds, 4),
         "oracle": _comparison(result.comparison),
+        "changed": list(result.changed),
     }
 
 

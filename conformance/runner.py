@@ -49,12 +49,14 @@ class Result:
 
     seconds: the time the target and its judgement took.
     comparison: None without an oracle, and where the target does not support the case.
+    changed: what the target changed in the processes of the ranks, one text for each rank.
     """
 
     case: Case
     verdict: Verdict
     seconds: float
     comparison: Comparison | None = None
+    changed: tuple[str, ...] = ()
 
 
 _NOT_ASKED = Comparison(Verdict("not-run", None, FINDINGS["not asked"]), None, "not asked")
@@ -89,18 +91,19 @@ def run_case(pool: RankPool, case: Case, oracle: RankPool | None = None) -> Resu
     start = time.monotonic()
     expected = functools.cache(lambda: expect(case))
     outcome = pool.run(case)
+    changed = tuple(outcome.changed)
     judged = _judge(case, outcome, expected)
     seconds = time.monotonic() - start
     if oracle is None or judged.verdict in ("unsupported", "error"):
-        return Result(case, judged, seconds)
+        return Result(case, judged, seconds, None, changed)
     if any(step.error for step in case.steps):
-        return Result(case, judged, seconds, _NOT_ASKED)
+        return Result(case, judged, seconds, _NOT_ASKED, changed)
     answer = oracle.run(case)
     of_oracle = _judge(case, answer, expected)
     apart = None if case.error else verdict.apart(case, outcome, answer, expected())
     raised = case.error is None and any(map(went_wrong, answer.answers))
     finding = "no answer" if raised else _finding(judged, of_oracle, apart)
-    return Result(case, judged, seconds, Comparison(of_oracle, apart, finding))
+    return Result(case, judged, seconds, Comparison(of_oracle, apart, finding), changed)
 
 
 def _judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) -> Verdict:

@@ -90,6 +90,10 @@ def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) ->
         return Verdict("crash", None, outcome.details)
     if outcome.hung:
         return Verdict("hang", None, outcome.details)
+    for rank, answer in enumerate(outcome.answers):
+        if answer is not None and answer.content.get("patched"):
+            names = ", ".join(answer.content["patched"][:3])
+            return Verdict("fail", None, f"rank {rank}: the layer replaced {names}")
     for answer in outcome.answers:
         if answer is not None and "unsupported" in answer.content:
             return Verdict("unsupported", None, answer.content["unsupported"])

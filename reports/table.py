@@ -66,6 +66,8 @@ def summarize(report: Report, console: Console) -> None:
     console.print(_must_pass(report), soft_wrap=True)
     if report["restarts"]:
         console.print(_restarts(report), soft_wrap=True)
+    if changed := [case for case in report["cases"] if case.get("changed")]:
+        console.print(_changed(changed), soft_wrap=True)
     _print_oracle(report, console)
     console.print(_last_line(report), soft_wrap=True)
 
@@ -159,6 +161,12 @@ def _restarts(report: Report) -> Text:
         text.append(f", {len(others)} times between cases ({seconds:.0f} s): ", "yellow")
         text.append(others[0]["reason"].splitlines()[0], "yellow")
     return text
+
+
+def _changed(cases: list[Any]) -> Text:
+    """What the layer changed in the processes of the ranks, although no case needs that."""
+    text = Text(f"the layer changed its process in {len(cases)} cases: ", "yellow")
+    return text.append(f"{cases[0]['id']} {cases[0]['changed'][0]}")
 
 
 def _print_oracle(report: Report, console: Console) -> None:

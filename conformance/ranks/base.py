@@ -23,6 +23,7 @@ import numpy.typing as npt
 from syncbn.conformance import data
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.checks import STATISTICS, arrays_of
+from syncbn.conformance.ranks.process import ProcessState, Setting, Suite
 
 # The last part of a tensor's name, which says what it is; other names than the first are those of
 # mindspore.nn and of TensorFlow.
@@ -73,7 +74,10 @@ class Rank(ABC):
         self.ranks = ranks
         self.rank_ids = target["rank_ids"]
         self.float64 = target["float64"]
+        self._suite = Suite()
         self.cls = _find(target["module"], target["cls"])
+        if patched := self._suite.patched():
+            raise RuntimeError(f"the module of the layer replaces {', '.join(patched[:3])}")
         self.groups: dict[tuple[int, ...], Any] = {}
 
     @abstractmethod
@@ -189,11 +193,24 @@ class Rank(ABC):
         os.environ["SYNCBN_DEBUG"] = str(int(any(step.error for step in case.steps)))
         if reason := self.unsupported(case):
             return {"unsupported": reason}, {}
-        case = case.of_rank(self.rank)
+        state = ProcessState(self.settings())
         try:
-            answer, arrays = self._run(case)
+            answer, arrays = self._answer(case.of_rank(self.rank))
         except Unsupported as reason:
-            return {"unsupported": str(reason)}, {}
+            answer, arrays = {"unsupported": str(reason)}, {}
+        finally:
+            changes, patched = state.restore(), self._suite.patched()
+        answer["changed"] = [*changes.names, *patched]
+        answer["lasting"] = changes.lasting or bool(patched)
+        answer["patched"] = patched
+        return answer, arrays
+
+    def settings(self) -> tuple[Setting, ...]:
+        """The global settings of the framework that a layer may change."""
+        return ()
+
+    def _answer(self, case: Case) -> tuple[dict[str, Any], Arrays]:
+        answer, arrays = self._run(case)
         if "repeatable" in case.checks:
             again = self._run(case)[1]
             answer["unlike"] = [

@@ -27,6 +27,7 @@ from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_hand
 
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.ranks.base import Rank, Unsupported, by_role
+from syncbn.conformance.ranks.process import Setting
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 
 T = TypeVar("T")
@@ -123,6 +124,15 @@ class MindSporeRank(Rank):
         known = tensor.astype(ms.float32) if tensor.dtype == ms.bfloat16 else tensor
         array: npt.NDArray[Any] = known.asnumpy().copy()
         return array
+
+    def settings(self) -> tuple[Setting, ...]:
+        return (
+            Setting(
+                "the mode",
+                lambda: ms.get_context("mode"),
+                lambda mode: ms.set_context(mode=mode),
+            ),
+        )
 
     def unsupported(self, case: Case) -> str | None:
         for dtype in _FLOATING:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.ranks.base import Rank, by_role
+from syncbn.conformance.ranks.process import Setting
 from syncbn.conformance.ranks.substitutes import torch as substitutes
 
 T = TypeVar("T")
@@ -216,6 +217,9 @@ class TorchRank(Rank):
             stack.enter_context(saved_tensors_hooks(lambda tensor: tensor, _lose))
         return stack
 
+    def settings(self) -> tuple[Setting, ...]:
+        return _SETTINGS
+
     def unsupported(self, case: Case) -> str | None:
         if "process_group" in case.layer and not self.rank_ids:
             return _RANK_IDS
@@ -223,6 +227,43 @@ class TorchRank(Rank):
 
     def is_channels_last(self, tensor: Tensor) -> bool:
         return tensor.dim() > 2 and tensor.movedim(1, -1).is_contiguous()
+
+
+def _default_group() -> int | None:
+    """What tells a default process group from a later one."""
+    return id(dist.group.WORLD) if dist.is_initialized() else None
+
+
+def _autocast() -> tuple[tuple[bool, torch.dtype], ...]:
+    kinds = ("cpu", "cuda")
+    return tuple((torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds)
+
+
+def _put_autocast(values: tuple[tuple[bool, torch.dtype], ...]) -> None:
+    for kind, (enabled, dtype) in zip(("cpu", "cuda"), values, strict=True):
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled(), warns
+
+
+_SETTINGS = (
+    Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    Setting("the default device", torch.get_default_device, torch.set_default_device),
+    Setting("grad mode", torch.is_grad_enabled, torch.set_grad_enabled),
+    Setting("inference mode", torch.is_inference_mode_enabled),
+    Setting("autocast", _autocast, _put_autocast),
+    Setting("the number of threads", torch.get_num_threads, torch.set_num_threads),
+    Setting(
+        "deterministic algorithms",
+        _deterministic,
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    ),
+    Setting("the default process group", _default_group),
+)
 
 
 def _lose(tensor: Tensor) -> Tensor:

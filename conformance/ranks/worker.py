@@ -1,7 +1,8 @@
 """A rank process: it connects to the controller and runs jobs until the connection ends.
 
 A launcher starts it as `python -m syncbn.conformance.ranks.worker` with RANK, WORLD_SIZE and
-LOCAL_RANK as torchrun sets them, and SYNCBN_CONTROLLER (host:port) and SYNCBN_KEY (hexadecimal).
+LOCAL_RANK as torchrun sets them, and SYNCBN_CONTROLLER (host:port), SYNCBN_KEY (hexadecimal) and
+SYNCBN_MEMORY (the bytes of data that a rank may have; 0 for any number).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import faulthandler
 import os
 import queue
+import resource
 import signal
 import threading
 import traceback
@@ -88,6 +90,8 @@ def main() -> None:
     stacks = os.fdopen(os.dup(2), "w")
     faulthandler.enable(stacks)  # of a signal that ends this process
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+    if limit := int(os.environ["SYNCBN_MEMORY"]):
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     key = bytes.fromhex(os.environ.pop("SYNCBN_KEY"))  # not for the processes that a layer starts
     channel = connect(os.environ["SYNCBN_CONTROLLER"], key, rank)

@@ -19,6 +19,7 @@ from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
 
 ROOT = Path(__file__).parents[2]
+UNRULY = "torch:tests/conformance/unruly.py:Unruly"
 PLANTED = "torch:tests/conformance/planted.py"
 
 
@@ -31,6 +32,11 @@ def case(channels: int, deadline: float = 20.0) -> Case:
 def pids(pool: RankPool) -> list[int]:
     assert pool._job is not None
     return list(pool._job.processes().values())
+
+
+def without_backward(channels: int) -> Case:
+    of = case(channels)
+    return replace(of, steps=(replace(of.steps[0], backward=False),))
 
 
 def alive(pid: int) -> bool:
@@ -69,6 +75,53 @@ def test_an_endless_loop_is_seen_by_the_time_of_its_processor() -> None:
     assert found.verdict == "hang"
     assert "rank 1 did not answer in 5 s of processor time" in str(found.message)
     assert "planted.py" in str(found.message)
+
+
+RESTORED = (
+    "rank 1: the environment, the working directory, the umask, sys.path, the default dtype, "
+    "grad mode, autocast, the number of threads, deterministic algorithms"
+)
+
+
+def test_what_a_layer_changes_in_its_process_is_put_back() -> None:
+    with RankPool(targets.parse(UNRULY), 2) as pool:
+        assert runner.run_case(pool, case(3)).changed == ()
+        found = runner.run_case(pool, case(44))
+        assert found.changed == (RESTORED,)
+        after = runner.run_case(pool, case(3))
+        assert (after.verdict.verdict, after.changed) == ("pass", ())
+        assert runner.run_case(pool, case(44)).changed == found.changed
+        assert pool.starts == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "changed", "verdict"),
+    [
+        (45, "the threads of Python", "pass"),
+        (46, "stdout and stderr", "pass"),
+        (47, "the default process group", "pass"),
+        (48, "syncbn.conformance.ranks.base.Rank._run", "fail"),
+    ],
+)
+def test_ranks_are_replaced_after_what_cannot_be_put_back(
+    channels: int, changed: str, verdict: str
+) -> None:
+    with RankPool(targets.parse(UNRULY), 2) as pool:
+        found = runner.run_case(pool, without_backward(channels))
+        assert found.verdict.verdict == verdict
+        assert found.changed == (f"rank 1: {changed}",)
+        (restart,) = pool.restarts
+        assert restart.reason == f"the layer changed its process: rank 1: {changed}"
+        assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+
+
+def test_a_rank_has_its_share_of_memory() -> None:
+    """A layer that wants more gets an error, and the machine stays usable."""
+    with RankPool(targets.parse(UNRULY), 2, memory=4 << 30) as pool:
+        found = runner.run_case(pool, without_backward(49)).verdict
+        assert found.verdict == "fail"
+        assert "can't allocate memory" in str(found.message)
+        assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
 
 
 @pytest.mark.parametrize(("rung", "verdict"), [("device", "hang"), ("interpreted", "pass")])

@@ -6,8 +6,11 @@ import ctypes
 import errno
 import gc
 import os
+import random
 import struct
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.conformance.ranks.base import Rank
 from syncbn.conformance.wire import Channel, encode
 from syncbn.torch import SyncBatchNorm
 
@@ -61,6 +65,44 @@ def surrogates(_: Tensor) -> None:
     raise ValueError("\ud800 \0")
 
 
+def changes(_: Tensor) -> None:
+    """All that can be put back."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    torch.set_grad_enabled(False)
+    torch.set_autocast_enabled("cpu", True)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    os.environ["PLANTED"] = "1"
+    os.environ["SYNCBN_BACKEND"] = "none"
+    os.chdir("/")
+    os.umask(0o077)
+    sys.path.insert(0, "/planted")
+    random.seed(0)
+
+
+def leaves_a_thread(_: Tensor) -> None:
+    threading.Thread(target=time.sleep, args=(1000,), name="planted", daemon=True).start()
+
+
+def closes_stdout(_: Tensor) -> None:
+    os.close(1)
+
+
+def new_world(_: Tensor) -> None:
+    dist.destroy_process_group()
+    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not marked so
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def patches(_: Tensor) -> None:
+    Rank._run = lambda self, case: ({"steps": []}, {})  # type: ignore[method-assign]
+
+
+def allocates(_: Tensor) -> None:
+    torch.ones(5 << 30, dtype=torch.float32)  # 20 GiB
+
+
 def to_the_controller(sends: bytes) -> Callable[[Tensor], Any]:
     """A layer finds the connection of its rank, as it finds everything in its process."""
 
@@ -69,6 +111,16 @@ def to_the_controller(sends: bytes) -> Callable[[Tensor], Any]:
         os.write(channel.fileno(), sends)
 
     return send
+
+
+def then(action: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Do something after a right result."""
+
+    def both(y: Tensor) -> Tensor:
+        action(y)
+        return y
+
+    return both
 
 
 BEFORE: dict[int, Callable[[Tensor], Any]] = {
@@ -85,6 +137,12 @@ AFTER: dict[int, Callable[[Tensor], Any]] = {
     41: lambda y: y.to_sparse(),
     42: lambda y: None,
     43: lambda y: (y, y),
+    44: then(changes),
+    45: then(leaves_a_thread),
+    46: then(closes_stdout),
+    47: then(new_world),
+    48: then(patches),
+    49: then(allocates),
     60: to_the_controller(struct.pack("<IQ", 2, 0) + b"[]"),
     61: to_the_controller(encode({"steps": []})),
     62: to_the_controller(b"\xff" * 12),
