@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from syncbn.extras import require_for_command
 
@@ -42,6 +42,7 @@ from syncbn.conformance.selection import Selection
 from syncbn.launchers import LAUNCHERS
 from syncbn.reports.commands import add_commands
 from syncbn.reports.console import PatientConsole
+from syncbn.reports.schema import parse
 from syncbn.reports.text import one_line, printable
 
 _OUT = Path("reports/out")
@@ -186,6 +187,9 @@ def _target(options: argparse.Namespace) -> targets.Target:
         options.mode,
         collectives=options.collectives,
         share_device=options.share_device,
+        layer_args=options.layer_args,
+        setup=options.setup,
+        framework_file=options.framework,
     )
 
 
@@ -273,6 +277,16 @@ def _find(wanted: str, ranks: int) -> Case:
         f"case must be a file or the id of a case on {ranks} ranks (ids depend on --ranks; see "
         f"`list --ranks {ranks}`), got {wanted!r}"
     )
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        found = parse(text.encode())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON, got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be an object by name, got {text!r}")
+    return found
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -388,6 +402,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:
+    modes = " or ".join(targets.MODES)
     parser.add_argument(
         "--target",
         default="syncbn.torch",
@@ -396,8 +411,8 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="cpu",
-        choices=("cpu", "cuda", "npu"),
-        help="where the ranks run (default cpu)",
+        help="where the ranks run: cpu, cuda, npu, or any other type of device that the framework "
+        "has (default cpu)",
     )
     parser.add_argument(
         "--share-device",
@@ -409,10 +424,25 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
         help="what carries the collectives of a PyTorch target: gloo on cpu, nccl or gloo on cuda, "
         "hccl on npu (default the first)",
     )
-    parser.add_argument("--backend", help="of syncbn.torch and syncbn.mindspore (default auto)")
     parser.add_argument(
-        "--mode", choices=targets.MODES, help="how MindSpore runs the layer (default pynative)"
+        "--layer-args",
+        type=_arguments,
+        metavar="JSON",
+        help="arguments that every layer gets unless a case gives others: an object by name",
     )
+    parser.add_argument(
+        "--setup",
+        metavar="MODULE:FUNCTION",
+        help="a function that every rank calls at its start with its id on its machine; MODULE is "
+        "importable, or a path that ends in .py",
+    )
+    parser.add_argument(
+        "--framework",
+        metavar="FILE",
+        help="a Python file with a framework of your own, which TARGET may name",
+    )
+    parser.add_argument("--backend", help="of syncbn.torch and syncbn.mindspore (default auto)")
+    parser.add_argument("--mode", help=f"how MindSpore runs the layer: {modes} (default the first)")
     parser.add_argument(
         "--launcher",
         default="local",

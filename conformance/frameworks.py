@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from syncbn import backends
 from syncbn.backends import BackendInfo
+from syncbn.conformance import ConformanceError
 
 if TYPE_CHECKING:
     from syncbn.conformance.ranks.base import Rank
+
+
+ENTRY_POINTS = "syncbn.frameworks"  # the group in which packages name their frameworks
+
+
+class FrameworkError(ConformanceError, ValueError):
+    """A framework that cannot be used. The message is one line."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +50,14 @@ class OwnLayer:
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework. The layer of this project for it is syncbn.NAME.SyncBatchNorm.
+    """A framework. If there are backends, this project has a layer: syncbn.NAME.SyncBatchNorm.
 
     name: its module, the extra of this package that installs it, and the start of a target's name.
     title: its name in texts.
-    rank: the class of its rank, as "module:class"; a syncbn.conformance.ranks.base.Rank.
-    backends: the backends of our layer.
-    own: its own layer.
+    rank: the class of its rank, as "module:class"; a syncbn.conformance.ranks.base.Rank. The module
+        is importable, or a path that ends in .py.
+    backends: the backends of our layer; empty if there is none.
+    own: its own layer, if it has one.
     modes: the ways in which it can run a layer, the default first; none if there is only one way.
     environment: variables that are set before a rank imports the framework, unless they are set.
     imports: large modules that the framework itself imports in the course of a run.
@@ -54,8 +68,8 @@ class Framework:
     name: str
     title: str
     rank: str
-    backends: Mapping[str, BackendInfo]
-    own: OwnLayer
+    backends: Mapping[str, BackendInfo] = field(default_factory=dict)
+    own: OwnLayer | None = None
     modes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
@@ -68,7 +82,9 @@ class Framework:
     @property
     def preload(self) -> tuple[str, ...]:
         """The modules that every rank will import."""
-        return ("syncbn.conformance.ranks.worker", self.rank.partition(":")[0], *self.imports)
+        own = self.rank.partition(":")[0]
+        importable = () if own.endswith(".py") else (own,)
+        return ("syncbn.conformance.ranks.worker", *importable, *self.imports)
 
     def missing_environment(self) -> dict[str, str]:
         """The variables that must be set before the framework is imported, and are not."""
@@ -76,9 +92,61 @@ class Framework:
 
     def rank_class(self) -> type[Rank]:
         """Import the framework and the class of its rank."""
-        module, _, name = self.rank.partition(":")
-        cls: type[Rank] = getattr(importlib.import_module(module), name)
+        module, _, name = self.rank.rpartition(":")
+        cls: type[Rank] = getattr(import_module(module), name)
         return cls
+
+
+def import_module(name: str) -> ModuleType:
+    """The module of a name, which is importable, or a path that ends in .py.
+
+    Raises:
+        ImportError: there is none.
+    """
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    if spec is None or spec.loader is None or not Path(name).is_file():
+        raise ImportError(f"no file {name}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # MindSpore's compiler looks for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+def find(name: str) -> Framework | None:
+    """The framework of a name: one of FRAMEWORKS, or of an installed package's entry point."""
+    if name not in FRAMEWORKS:
+        for point in entry_points(group=ENTRY_POINTS, name=name):
+            FRAMEWORKS[name] = _checked(point.load(), f"entry point {point.value}")
+    return FRAMEWORKS.get(name)
+
+
+def add_file(path: str) -> Framework:
+    """Add the framework that a Python file has as FRAMEWORK.
+
+    Raises:
+        FrameworkError: the file has none.
+    """
+    try:
+        record = import_module(path).FRAMEWORK
+    except Exception as error:
+        raise FrameworkError(
+            f"framework must be a Python file with FRAMEWORK, got {path}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    framework = _checked(record, path)
+    FRAMEWORKS[framework.name] = framework
+    return framework
+
+
+def _checked(record: Any, place: str) -> Framework:
+    if not isinstance(record, Framework):
+        raise FrameworkError(
+            f"framework must be a syncbn.conformance.frameworks.Framework, got {record!r} from "
+            f"{place}"
+        )
+    return record
 
 
 FRAMEWORKS = {

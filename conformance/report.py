@@ -127,6 +127,9 @@ def _target(target: Target) -> dict[str, Any]:
         "rung": target.rung,
         "collectives": target.collectives,
         "share_device": target.share_device,
+        "layer_args": target.layer_args,
+        "setup": target.setup,
+        "framework_file": target.framework_file,
     }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from syncbn import backends
-from syncbn.conformance import ConformanceError
+from syncbn.conformance import ConformanceError, frameworks
 from syncbn.conformance.frameworks import FRAMEWORKS, Framework
 
 ORACLE = "mindspore.mint"
@@ -29,7 +29,7 @@ class Target:
     framework: the name of one of FRAMEWORKS.
     module: where the class is: importable, or a path that ends in .py.
     cls: the name of the class.
-    device: cpu, cuda or npu (Ascend).
+    device: cpu, cuda, npu (Ascend), or another type of device that the framework has.
     backend: of our own layer, "auto" for its choice; None for any other layer.
     mode: how the framework runs the layer; None for a framework that has only one way.
     rung: what the results stand for. "device" is the layer itself on the device. On cpu some stand
@@ -38,6 +38,10 @@ class Target:
     float64: whether the device and the layer's kernels have float64.
     collectives: what carries the collectives; None for the device's own.
     share_device: whether several ranks may use one accelerator.
+    layer_args: arguments that every layer gets unless a case gives others, as literals of a case.
+    setup: a function that every rank calls at its start with its id on its machine, before it
+        imports the layer: "module:function", where the module may be a path that ends in .py.
+    framework_file: the file that has the framework's record; None for one that is known by name.
     """
 
     name: str
@@ -52,6 +56,9 @@ class Target:
     float64: bool = True
     collectives: str | None = None
     share_device: bool = False
+    layer_args: dict[str, Any] = field(default_factory=dict)
+    setup: str | None = None
+    framework_file: str | None = None
 
     @property
     def document(self) -> dict[str, Any]:
@@ -66,22 +73,33 @@ def parse(
     *,
     collectives: str | None = None,
     share_device: bool = False,
+    layer_args: dict[str, Any] | None = None,
+    setup: str | None = None,
+    framework_file: str | None = None,
 ) -> Target:
     """The target of a name.
 
     Args:
         name: one of the names in `descriptions()`.
-        device: cpu, cuda or npu.
+        device: cpu, cuda, npu, or another type of device that the framework has.
         backend: of our own layer; None is "auto".
         mode: one of the framework's modes; None is its first.
         collectives: one of the framework's for the device; None is its own.
         share_device: whether several ranks may use one accelerator.
+        layer_args: arguments that every layer gets unless a case gives others.
+        setup: a function that every rank calls at its start, as "module:function".
+        framework_file: a file with the record of the target's framework.
 
     Raises:
         TargetError: there is no target of that name, or it cannot run like that.
     """
+    if framework_file is not None:
+        frameworks.add_file(framework_file)
     framework, module, cls = _resolve(name)
-    ours, own = name == f"syncbn.{framework.name}", name == framework.own.name
+    ours = name == f"syncbn.{framework.name}"
+    own = framework.own if framework.own and name == framework.own.name else None
+    if setup is not None and not all(setup.rpartition(":")[::2]):
+        raise TargetError(f"setup must be MODULE:FUNCTION, got {setup!r}")
     if backend is not None and not ours:
         raise TargetError(f"backend must not be given, target {name} has none, got {backend!r}")
     if mode is not None and not framework.modes:
@@ -91,14 +109,14 @@ def parse(
         raise TargetError(f"mode must be one of {known} for target {name}, got {mode!r}")
     if mode is None and framework.modes:
         mode = framework.modes[0]
-    if own and device == "cpu" and mode and mode in framework.own.fails_on_cpu:
-        known = ", ".join(m for m in framework.modes if m not in framework.own.fails_on_cpu)
-        reason = framework.own.fails_on_cpu[mode]
+    if own and device == "cpu" and mode and mode in own.fails_on_cpu:
+        known = ", ".join(m for m in framework.modes if m not in own.fails_on_cpu)
+        reason = own.fails_on_cpu[mode]
         raise TargetError(f"mode must be {known} for target {name} on cpu, got {mode!r}: {reason}")
     _check_collectives(framework, name, device, collectives, share_device)
     rung, float64 = "device", device != "npu"
     if own and device == "cpu":
-        rung = framework.own.on_cpu
+        rung = own.on_cpu
     if ours:
         backend = backend or "auto"
         info = _backend(framework, backend, device)
@@ -117,6 +135,9 @@ def parse(
         float64=float64,
         collectives=collectives,
         share_device=share_device,
+        layer_args=layer_args or {},
+        setup=setup,
+        framework_file=framework_file,
     )
 
 
@@ -125,9 +146,11 @@ def descriptions() -> dict[str, str]:
     found = {
         f"syncbn.{framework.name}": f"the layer of this project for {framework.title}"
         for framework in FRAMEWORKS.values()
+        if framework.backends
     }
-    for framework in FRAMEWORKS.values():
-        own = framework.own
+    for own in (framework.own for framework in FRAMEWORKS.values()):
+        if own is None:
+            continue
         found[own.name] = f"{own.module}.SyncBatchNorm ({own.note})"
     for name in FRAMEWORKS:
         found[f"{name}:MODULE:CLASS"] = (
@@ -164,15 +187,16 @@ def oracle(name: str, target: Target) -> Target | str:
 def _resolve(name: str) -> tuple[Framework, str, str]:
     """The framework, the module and the class of a target's name."""
     for framework in FRAMEWORKS.values():
-        if name == f"syncbn.{framework.name}":
+        if framework.backends and name == f"syncbn.{framework.name}":
             return framework, name, "SyncBatchNorm"
-        if name == framework.own.name:
+        if framework.own is not None and name == framework.own.name:
             return framework, framework.own.module, "SyncBatchNorm"
     given, _, rest = name.partition(":")
     module, _, cls = rest.rpartition(":")
-    if given not in FRAMEWORKS or not module or not cls:
+    found = frameworks.find(given)
+    if found is None or not module or not cls:
         raise TargetError(f"target must be one of {', '.join(descriptions())}, got {name!r}")
-    return FRAMEWORKS[given], module, cls
+    return found, module, cls
 
 
 def _check_collectives(
@@ -180,7 +204,8 @@ def _check_collectives(
 ) -> None:
     """Raise TargetError unless the device has these collectives, and ranks that can share it."""
     known = framework.collectives.get(device, ())
-    if collectives is not None and collectives not in known:
+    foreign = bool(framework.collectives) and device not in framework.collectives
+    if collectives is not None and collectives not in known and not foreign:
         offered = f"one of {', '.join(known)}" if known else "left out"
         raise TargetError(
             f"collectives must be {offered} for target {name} on {device}, got {collectives!r}"

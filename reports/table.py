@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections import Counter, defaultdict
 from typing import Any
@@ -239,6 +240,11 @@ def replay_command(report: Report, case: Any) -> str:
         command += ["--collectives", target["collectives"]]
     if target.get("share_device"):
         command.append("--share-device")
+    if target.get("layer_args"):
+        command += ["--layer-args", json.dumps(target["layer_args"])]
+    for option, name in (("setup", "setup"), ("framework", "framework_file")):
+        if target.get(name):
+            command += [f"--{option}", target[name]]
     if report["launcher"] != "local":
         command += ["--launcher", report["launcher"]]
     return shlex.join([*command, "--ranks", str(report["ranks"])])

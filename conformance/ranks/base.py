@@ -7,14 +7,10 @@ of syncbn.conformance.verdict. The abstract methods are all that a framework mus
 from __future__ import annotations
 
 import errno
-import importlib
-import importlib.util
 import inspect
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -23,6 +19,7 @@ import numpy.typing as npt
 from syncbn.conformance import data
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.checks import STATISTICS, arrays_of
+from syncbn.conformance.frameworks import import_module
 from syncbn.conformance.ranks.process import ProcessState, Setting, Suite
 
 # The last part of a tensor's name, which says what it is; other names than the first are those of
@@ -54,7 +51,8 @@ _LONGEST_TEXT = 4000  # of an error, in characters
 
 
 class Rank(ABC):
-    """One process of a target. It builds the layer with the documented arguments only.
+    """One process of a target. It builds the layer with the documented arguments, and with those
+    that the user gives for every layer.
 
     Args:
         target: a syncbn.conformance.targets.Target as a document.
@@ -74,8 +72,9 @@ class Rank(ABC):
         self.ranks = ranks
         self.rank_ids = target["rank_ids"]
         self.float64 = target["float64"]
+        self.layer_args: dict[str, Any] = target["layer_args"]
         self._suite = Suite()
-        self.cls = _find(target["module"], target["cls"])
+        self.cls: Callable[..., Any] = getattr(import_module(target["module"]), target["cls"])
         if patched := self._suite.patched():
             raise RuntimeError(f"the module of the layer replaces {', '.join(patched[:3])}")
         self.groups: dict[tuple[int, ...], Any] = {}
@@ -293,7 +292,8 @@ class Rank(ABC):
         return None if own else data.initial_state(case)
 
     def _build(self, case: Case, state: Arrays | None, index: int = 0) -> Any:
-        arguments = {name: self._literal(name, value) for name, value in case.layer.items()}
+        given = self.layer_args | case.layer
+        arguments = {name: self._literal(name, value) for name, value in given.items()}
         group = case.group_of(self.rank, index)
         if "process_group" not in arguments:
             if case.groups_at(index) is not None and group is not None:
@@ -429,20 +429,6 @@ def names_by_role(names: Iterable[str]) -> dict[str, str]:
 def by_role(tensors: Mapping[str, T]) -> dict[str, T]:
     """The tensors of a layer by what they are; see `names_by_role`."""
     return {role: tensors[name] for role, name in names_by_role(tensors).items()}
-
-
-def _find(module_name: str, class_name: str) -> Callable[..., Any]:
-    if module_name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-        if spec is None or spec.loader is None or not Path(module_name).is_file():
-            raise ImportError(f"no file {module_name}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # MindSpore's compiler looks for it there
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(module_name)
-    cls: Callable[..., Any] = getattr(module, class_name)
-    return cls
 
 
 def _permuted(tensor: Any, order: tuple[int, ...]) -> Any:

@@ -43,8 +43,7 @@ class TorchRank(Rank):
     def __init__(self, target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> None:
         torch.set_num_threads(1)
         self.device = _device(target["device"], ranks, local_rank, target["share_device"])
-        of_device = FRAMEWORKS["torch"].collectives[self.device.type]
-        self.collectives = target["collectives"] or of_device[0]
+        self.collectives = target["collectives"] or _collectives(self.device.type)
         if target["share_device"] and self.collectives == "nccl":
             # NCCL refuses two ranks on one device of one host, so each rank is a host of its own.
             os.environ["NCCL_HOSTID"] = f"syncbn-rank-{rank}"
@@ -55,7 +54,7 @@ class TorchRank(Rank):
         if target["rung"] == "substituted":
             substitutes.install()
         super().__init__(target, rank, ranks, local_rank)
-        if not isinstance(self.cls(1), nn.Module):
+        if not isinstance(self.cls(**{"num_features": 1} | self.layer_args), nn.Module):
             raise TypeError(f"{target['cls']} must be a torch.nn.Module")
         self.store: TCPStore | None = None
         self.worlds = 0
@@ -271,14 +270,17 @@ def _lose(tensor: Tensor) -> Tensor:
 
 
 def _device(name: str, ranks: int, local_rank: int, share: bool) -> torch.device:
-    known = FRAMEWORKS["torch"].collectives
-    if name not in known:
-        raise ValueError(f"device must be one of {', '.join(known)}, got {name!r}")
+    """The device of a rank, of any type that PyTorch has, as a backend of PrivateUse1 adds one."""
     if name == "npu":
         importlib.import_module("torch_npu")
     if name == "cpu":
         return torch.device("cpu")
-    module = getattr(torch, name)
+    module = getattr(torch, name, None)
+    if module is None or not hasattr(module, "is_available") or not _is_type(name):
+        raise ValueError(
+            f"device must be a type of device of torch {torch.__version__}, got {name!r}: if a "
+            "package adds it, import that in a set-up function (--setup)"
+        )
     if not module.is_available():
         raise RuntimeError(f"there is no device {name}: torch {torch.__version__} finds none")
     count = module.device_count()
@@ -290,6 +292,19 @@ def _device(name: str, ranks: int, local_rank: int, share: bool) -> torch.device
     device = torch.device(name, local_rank % count)
     module.set_device(device)
     return device
+
+
+def _is_type(name: str) -> bool:
+    try:
+        return torch.device(name).type == name
+    except RuntimeError:
+        return False
+
+
+def _collectives(device: str) -> str:
+    """What carries the collectives of a device, unless the user names something else."""
+    known = FRAMEWORKS["torch"].collectives
+    return known[device][0] if device in known else dist.get_default_backend_for_device(device)
 
 
 def _count(call: Callable[[], T], counting: bool) -> tuple[T, list[int]]:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from syncbn.conformance import frameworks
 from syncbn.conformance.case import of_document
-from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.handshake import connect
 from syncbn.conformance.ranks.base import MachineError, Rank
 from syncbn.conformance.wire import Channel, Message
@@ -79,8 +79,16 @@ def _place(error: Exception) -> str:
 
 
 def _load(target: dict[str, Any], rank: int, ranks: int, local_rank: int) -> Rank:
-    framework = FRAMEWORKS[target["framework"]]
-    require("the target", framework.name, framework.name)
+    if target["framework_file"]:
+        framework = frameworks.add_file(target["framework_file"])
+    else:
+        found = frameworks.find(target["framework"])
+        assert found is not None  # the controller has found it
+        framework = found
+        require("the target", framework.name, framework.name)
+    if target["setup"]:
+        module, _, function = target["setup"].rpartition(":")
+        getattr(frameworks.import_module(module), function)(local_rank)
     return framework.rank_class()(target, rank, ranks, local_rank)
 
 

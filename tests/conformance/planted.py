@@ -121,3 +121,16 @@ class Adapter(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self.inner(input)
         return output
+
+
+def set_up_unit(local_rank: int) -> None:
+    os.environ["PLANTED_UNIT"] = f"{local_rank} is ready"
+
+
+class NeedsMore(SyncBatchNorm):
+    """A right layer with an argument of its own, which works after a set-up only."""
+
+    def __init__(self, num_features: int, *arguments: Any, unit: str, **options: Any) -> None:
+        if (unit, os.environ["PLANTED_UNIT"]) != ("three", "0 is ready"):
+            raise RuntimeError("the layer was not set up")
+        super().__init__(num_features, *arguments, **options)

@@ -69,7 +69,9 @@ def test_torch_fails_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["run", "--ranks", "0"], "must be an int from 1 to 1024, got '0'"),
         (["run", "--ranks", "two"], "must be an int from 1 to 1024, got 'two'"),
         (["run", "--profile", "quick"], "invalid choice: 'quick'"),
-        (["run", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["run", "--layer-args", "{"], "must be JSON, got '{'"),
+        (["run", "--layer-args", "[]"], "must be an object by name"),
+        (["run", "--shard", "5/4"], "must be I/N with I from 1 to N, got '5/4'"),
     ],
 )
 def test_bad_options(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +102,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--target", f"{PLANTED}:CannotBeBuilt", "--ranks", "1"], "planted constructor"),
         (["run", "--device", "npu", "--ranks", "1"], "torch_npu"),
         (["run", "--device", "cuda", "--ranks", "1"], "there is no device cuda"),
+        (["run", "--device", "tpu", "--ranks", "1"], "device must be a type of device of torch"),
+        (["run", "--device", "privateuseone", "--ranks", "1"], "got 'privateuseone'"),
+        (["run", "--setup", "nothing", "--ranks", "1"], "setup must be MODULE:FUNCTION"),
+        (["run", "--framework", "pyproject.toml"], "framework must be a Python file"),
         (["run", "--backend", "tritium", "--ranks", "1"], "'tritium'"),
         (["replay", "0123456789ab"], "case must be a file or the id of a case on 4 ranks"),
         (["show", "pyproject.toml"], "pyproject.toml holds no case"),

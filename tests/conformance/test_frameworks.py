@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from syncbn.conformance import targets
-from syncbn.conformance.frameworks import FRAMEWORKS, Framework
+from syncbn.conformance import frameworks, runner, targets
+from syncbn.conformance.cases import catalogue
+from syncbn.conformance.frameworks import FRAMEWORKS, Framework, FrameworkError
+from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
 
 each_framework = pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=FRAMEWORKS)
@@ -27,6 +30,7 @@ def test_what_a_record_names_exists(framework: Framework) -> None:
 
 @each_framework
 def test_targets_of_a_framework(framework: Framework) -> None:
+    assert framework.own is not None
     ours, own = targets.parse(f"syncbn.{framework.name}"), targets.parse(framework.own.name)
     assert (ours.framework, ours.backend, ours.rank_ids) == (framework.name, "auto", True)
     assert (own.module, own.backend, own.rank_ids) == (framework.own.module, None, False)
@@ -89,3 +93,69 @@ def test_ranks_can_share_a_cuda_device_by_either_transport() -> None:
 def test_a_framework_without_a_choice_of_collectives_takes_none() -> None:
     with pytest.raises(TargetError, match=r"collectives must be left out for target syncbn\.minds"):
         targets.parse("syncbn.mindspore", collectives="gloo")
+
+
+PLANTED = str(Path(__file__).with_name("planted.py"))
+CASES = [one for one in catalogue(1, "certify") if one.clause in ("CTOR-2", "FWD-2")]
+
+RECORD = """
+from syncbn.conformance.frameworks import Framework
+from syncbn.conformance.ranks.torch import TorchRank
+
+class OwnRank(TorchRank):
+    def versions(self):
+        return super().versions() | {"own": "1.0"}
+
+FRAMEWORK = Framework("own", "A framework of one's own", f"{__file__}:OwnRank")
+"""
+
+
+def verdicts(pool: RankPool) -> set[str]:
+    return {runner.run_case(pool, case).verdict.verdict for case in CASES}
+
+
+def test_a_layer_gets_arguments_and_a_set_up() -> None:
+    target = targets.parse(
+        f"torch:{PLANTED}:NeedsMore",
+        layer_args={"unit": "three"},
+        setup=f"{PLANTED}:set_up_unit",
+    )
+    with RankPool(target, 1) as pool:
+        assert verdicts(pool) == {"pass"}
+
+
+def test_a_layer_without_its_arguments_is_refused_by_name() -> None:
+    with (
+        RankPool(targets.parse(f"torch:{PLANTED}:NeedsMore"), 1) as pool,
+        pytest.raises(TargetError, match="unit"),
+    ):
+        pool.start()
+
+
+def test_a_framework_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(RECORD)
+    try:
+        target = targets.parse("own:syncbn.torch:SyncBatchNorm", framework_file=str(path))
+        with RankPool(target, 1) as pool:
+            assert verdicts(pool) == {"pass"}
+            assert pool.versions["own"] == "1.0"
+    finally:
+        FRAMEWORKS.pop("own", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "AttributeError"),
+        ("FRAMEWORK = 3", "got 3 from"),
+        ("1 / 0", "ZeroDivisionError"),
+        (None, "no file"),
+    ],
+)
+def test_what_is_no_framework(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "none.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(FrameworkError, match=message):
+        frameworks.add_file(str(path))

@@ -184,7 +184,7 @@ class TestValidate:
             ("suite.commit", "main", "suite.commit: 'main' does not match"),
             ("suite.branch", "main", "suite: Additional properties are not allowed ('branch' was"),
             ("target.rung", "simulated", "target.rung: 'simulated' is not one of ['interpreted', "),
-            ("target.mode", "eager", "target.mode: 'eager' is not one of ['pynative', 'graph', "),
+            ("target.mode", 3, "target.mode: 3 is not of type 'string', 'null'"),
             ("target.backend", 1, "target.backend: 1 is not of type 'string', 'null'"),
             ("environment.cpus", 2, "environment.cpus: 2 is not of type 'string'"),
             ("ranks", 0, "ranks: 0 is less than the minimum of 1"),
