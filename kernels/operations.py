@@ -145,12 +145,14 @@ class Operations:
         sums = _empty(x, 2, cut.parts, channels)
         self._over(x, "reduce_grad", cut, [dy, x, _float32(mean), *sums.unbind(0)])
         message = _empty(x, 2 * channels + 1)
+        written = dtype if dtype in _DTYPES else torch.float32
         grad_weight, grad_bias = (
-            torch.empty(channels, dtype=dtype, device=x.device) for _ in range(2)
+            torch.empty(channels, dtype=written, device=x.device) for _ in range(2)
         )
         tensors = [sums, _float32(invstd), message, grad_weight, grad_bias]
-        self._of_channels(Variant("pack_grad", None, _DTYPES[dtype]), tensors, cut.parts, channels)
-        return message, grad_weight, grad_bias
+        variant = Variant("pack_grad", None, _DTYPES[written])
+        self._of_channels(variant, tensors, cut.parts, channels)
+        return message, grad_weight.to(dtype), grad_bias.to(dtype)
 
     def input_grad(
         self,

@@ -8,8 +8,14 @@ from typing import NamedTuple
 
 # Values in a tile. Arithmetic is float32 for every dtype of the data, so one size serves all.
 # Ascend: with larger tiles, some kernels do not fit twice (double buffering) into 192 KiB on chip;
-# `python -m audit kernels check` measures it. CUDA: half of that, not tuned on a device.
+# `python -m audit kernels check` measures it. CUDA: half of that; on an H100, twice as many make
+# small images slower and large ones no faster (docs/cuda.md).
 TILE = {"ascend": 4096, "cuda": 2048}
+
+# Warps of a program on CUDA, by whether the layout is columns. There a sum crosses warps, which is
+# slow: on an H100, `stats` of large images takes 1.6 (float32) to 2.3 (bfloat16) times as long by 4
+# warps as by 2, while planes are as fast by either.
+WARPS = {False: 4, True: 2}
 
 # Values in a row of a tile. There are few widths, because each one costs compilations; images of
 # 7, 14, 28, 56 and 112 pixels square fill at least three quarters of a width.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from syncbn.kernels.plan import CHANNELS, Tiles, all_tiles
+from syncbn.kernels.plan import CHANNELS, WARPS, Tiles, all_tiles
 
 DTYPES = ("fp32", "fp16", "bf16")  # of the data, in Triton's spelling
 LAYOUTS = ("planes", "columns")
@@ -49,6 +49,11 @@ class Variant(NamedTuple):
             return {**running, "BLOCK": CHANNELS}
         columns, block_r, block = self.tiles
         return {"COLUMNS": columns, "BLOCK_R": block_r, "BLOCK": block}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's options on CUDA."""
+        return {"num_warps": WARPS[self.tiles is not None and self.tiles.columns]}
 
     def signature(self, argument_names: list[str]) -> dict[str, str]:
         """Triton's type of every argument that is not constexpr."""

@@ -40,7 +40,9 @@ def _main(capability: int) -> None:
     for variant in variants("cuda"):
         kernel = getattr(batch_norm, variant.kernel)
         signature = variant.signature(kernel.arg_names)
-        found[variant.symbol] = _refusal(kernel, signature, variant.constants, capability)
+        found[variant.symbol] = _refusal(
+            kernel, signature, variant.constants, capability, variant.options
+        )
     found["run-time range"] = _refusal(
         planted.run_time_range, planted.SIGNATURE, planted.CONSTANTS, capability
     )
@@ -51,7 +53,11 @@ def _main(capability: int) -> None:
 
 
 def _refusal(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    options: dict[str, int] | None = None,
 ) -> str | None:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -59,7 +65,9 @@ def _refusal(
 
     source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
     try:
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        made = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options=options or {}
+        )
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__:  # the outer ones quote the source

@@ -199,6 +199,13 @@ class TestVariants:
         assert set(launched) <= set(variants(target))
         assert all(OF_TRITON[v.dtype] == dtype for v in launched if v.kernel in TILED)
 
+    def test_gradients_of_a_dtype_that_the_kernel_does_not_write(self) -> None:
+        """On CUDA with SYNCBN_DEBUG=1 a layer without parameters has float64 statistics."""
+        launches = Launches("cuda")
+        x, vector = torch.empty(4, 3, 5, device="meta"), torch.empty(3, device="meta")
+        _, *gradients = launches.operations.pack_grad(x, x, vector, vector, torch.float64)
+        assert [gradient.dtype for gradient in gradients] == [torch.float64] * 2
+
 
 def _every_operation(
     operations: Operations, x: Tensor, statistics_dtype: torch.dtype
