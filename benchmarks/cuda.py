@@ -236,7 +236,7 @@ def kernels(options: argparse.Namespace) -> dict[str, Any]:
         x_rows, dy_rows = layout.to_rows(x, channels_last), layout.to_rows(dy, channels_last)
         actions: dict[str, Callable[[], Any]] = {"copy": x_rows.clone}
         for name in _available(options):
-            operations = backends.load(name, x.device)
+            operations = backends.load(name, x)
             for operation, call in _operations(operations, x_rows, dy_rows).items():
                 actions[f"{name} {operation}"] = call
         if options.device == "cuda":

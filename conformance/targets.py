@@ -119,9 +119,8 @@ def parse(
         rung = own.on_cpu
     if ours:
         backend = backend or "auto"
-        info = _backend(framework, backend, device)
-        rung = info.on_cpu if device == "cpu" else "device"
-        float64 = device in info.float64_on
+        rung = _backend(framework, backend, device).on_cpu if device == "cpu" else "device"
+        float64 = device in _backend(framework, backend, device, float64=True).float64_on
     return Target(
         name,
         framework.name,
@@ -216,9 +215,11 @@ def _check_collectives(
         )
 
 
-def _backend(framework: Framework, name: str, device: str) -> backends.BackendInfo:
+def _backend(
+    framework: Framework, name: str, device: str, float64: bool = False
+) -> backends.BackendInfo:
     if name == "auto":  # not SYNCBN_BACKEND: the ranks set that themselves
-        return backends.default(framework.backends, device)
+        return backends.default(framework.backends, device, float64)
     try:
         return backends.choose(framework.backends, name, device)
     except ValueError as error:

@@ -64,8 +64,9 @@ TORCH = _by_name(
     BackendInfo(
         "triton",
         "syncbn.torch.backends.triton",
-        # It launches less and moves less than `aten`, most of all in halves (docs/performance.md).
-        preferred_on=(("npu", ("triton-ascend", "pybind11")),),
+        # It launches less and moves less than `aten`, most of all in halves (docs/performance.md,
+        # docs/cuda.md), and on CUDA it is right for scales where the kernels of `aten` overflow.
+        preferred_on=(("npu", ("triton-ascend", "pybind11")), ("cuda", ("triton",))),
         on_cpu="interpreted",
         needs=("triton", "pybind11"),
         install=_TRITON,
@@ -97,13 +98,18 @@ MINDSPORE = _by_name(
 )
 
 
-def default(backends: Mapping[str, BackendInfo], device: str) -> BackendInfo:
-    """The backend of a device type; the first for a device that is no backend's default."""
-    for backend in backends.values():
+def default(backends: Mapping[str, BackendInfo], device: str, float64: bool = False) -> BackendInfo:
+    """The backend of a device type; the first for a device that is no backend's default.
+
+    float64: whether it must compute in float64. If none does on the device, it raises later.
+    """
+    fitting = [b for b in backends.values() if not float64 or device in b.float64_on]
+    fitting = fitting or [*backends.values()]
+    for backend in fitting:
         if _are_installed(dict(backend.preferred_on).get(device)):
             return backend
-    of_device = [backend for backend in backends.values() if device in backend.default_on]
-    return of_device[0] if of_device else next(iter(backends.values()))
+    of_device = [backend for backend in fitting if device in backend.default_on]
+    return of_device[0] if of_device else fitting[0]
 
 
 @functools.cache
@@ -115,7 +121,9 @@ def _are_installed(distributions: tuple[str, ...] | None) -> bool:
         return False
 
 
-def choose(backends: Mapping[str, BackendInfo], name: str, device: str) -> BackendInfo:
+def choose(
+    backends: Mapping[str, BackendInfo], name: str, device: str, float64: bool = False
+) -> BackendInfo:
     """The backend that a layer uses.
 
     Args:
@@ -123,6 +131,7 @@ def choose(backends: Mapping[str, BackendInfo], name: str, device: str) -> Backe
         name: of a backend; "auto" for the one that SYNCBN_BACKEND names, or without it for the
             default of the device.
         device: a device type.
+        float64: whether the data are float64, which not every default has.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -131,7 +140,7 @@ def choose(backends: Mapping[str, BackendInfo], name: str, device: str) -> Backe
     if name == "auto":
         source, name = "SYNCBN_BACKEND", os.environ.get("SYNCBN_BACKEND", "auto")
     if name == "auto":
-        return default(backends, device)
+        return default(backends, device, float64)
     if name not in backends:
         offered = [backend.name for backend in backends.values() if not backend.internal]
         raise ValueError(f"{source} must be one of {', '.join(['auto', *offered])}, got {name!r}")

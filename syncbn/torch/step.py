@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from syncbn import protocol
-from syncbn.backends import TORCH, choose
+from syncbn.backends import TORCH
 from syncbn.contract import FLOATING, check_count, check_input_dtype, check_shape
 from syncbn.protocol import COUNT_HIGH, COUNT_LOW, HEADER_WORDS, MARK
 from syncbn.torch import backends, layout
@@ -80,7 +80,7 @@ def statistics(
         try:
             raise_problem(problem)
             check_input(x, num_features, weight)
-            operations = backends.load(backend, device)
+            operations = backends.load(backend, x)
             count = x.numel() // num_features
             settings = protocol.Settings(
                 num_features,
@@ -89,7 +89,7 @@ def statistics(
                 dtype,
                 weight is not None,
                 running is not None,
-                choose(TORCH, backend, device.type).name,
+                backends.chosen_for(backend, x).name,
             )
             mark = protocol.BACKWARD if differentiates else protocol.NOTHING
             words = protocol.header(mark, count, settings, _BACKENDS)
@@ -131,7 +131,7 @@ def normalize(
     """y = (x - mean) * invstd * weight + bias. The group and n are for the backward."""
     if not x.numel():
         return layout.empty_like(x)
-    operations = backends.load(backend, x.device)
+    operations = backends.load(backend, x)
     with torch.no_grad():
         rows = layout.to_rows(x, layout.is_channels_last(x))
         return layout.restored(operations.normalize(rows, mean, invstd, weight, bias), x)
@@ -163,7 +163,7 @@ def backward(
         message = grad_weight = grad_bias = None
         try:
             if x.numel():
-                operations = backends.load(backend, x.device)
+                operations = backends.load(backend, x)
                 channels_last = layout.is_channels_last(x)
                 rows, dy_rows = layout.to_rows(x, channels_last), layout.to_rows(dy, channels_last)
                 message, grad_weight, grad_bias = operations.pack_grad(

@@ -53,16 +53,17 @@ def test_a_device_has_one_default(backends: Mapping[str, BackendInfo]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "on_npu"),
+    ("installed", "on_npu", "on_cuda"),
     [
-        ((), "aten"),
-        (("triton", "pybind11"), "aten"),
-        (("triton-ascend",), "aten"),
-        (("triton-ascend", "pybind11"), "triton"),
+        ((), "aten", "aten"),
+        (("triton",), "aten", "triton"),
+        (("triton", "pybind11"), "aten", "triton"),
+        (("triton-ascend",), "aten", "aten"),
+        (("triton-ascend", "pybind11"), "triton", "aten"),
     ],
 )
-def test_the_default_on_an_npu_depends_on_what_is_installed(
-    installed: tuple[str, ...], on_npu: str, monkeypatch: pytest.MonkeyPatch
+def test_the_default_depends_on_what_is_installed(
+    installed: tuple[str, ...], on_npu: str, on_cuda: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def version(name: str) -> str:
         if name not in installed:
@@ -73,8 +74,10 @@ def test_the_default_on_an_npu_depends_on_what_is_installed(
     monkeypatch.setattr(importlib.metadata, "version", version)
     table._are_installed.cache_clear()
     chosen = {device: choose(TORCH, "auto", device).name for device in ("cpu", "cuda", "npu")}
+    in_float64 = choose(TORCH, "auto", "cuda", float64=True).name
     table._are_installed.cache_clear()
-    assert chosen == {"cpu": "composed", "cuda": "aten", "npu": on_npu}
+    assert chosen == {"cpu": "composed", "cuda": on_cuda, "npu": on_npu}
+    assert in_float64 == "aten"
     monkeypatch.setenv("SYNCBN_BACKEND", "aten")
     assert choose(TORCH, "auto", "npu").name == "aten"
 
@@ -87,5 +90,6 @@ def test_no_framework_is_imported() -> None:
 
 def test_an_internal_backend_can_be_chosen_but_is_not_offered() -> None:
     assert choose(TORCH, "twin", "cpu").internal
-    with pytest.raises(ValueError, match="one of auto, composed, aten, triton, got 'cudnn'"):
+    offered = ", ".join(["auto", *(name for name, info in TORCH.items() if not info.internal)])
+    with pytest.raises(ValueError, match=f"one of {offered}, got 'cudnn'"):
         choose(TORCH, "cudnn", "cpu")

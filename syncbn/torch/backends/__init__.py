@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from syncbn.backends import TORCH, choose
+from syncbn.backends import TORCH, BackendInfo, choose
 
 
 class Running(NamedTuple):
@@ -119,20 +119,25 @@ def may_sync_host(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("SYNCBN_DEBUG") == "1"
 
 
-def load(name: str, device: torch.device | None = None) -> Backend:
-    """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else the device's default.
+def chosen_for(name: str, x: Tensor) -> BackendInfo:
+    """The record of the backend of that name for the data x; see `load`."""
+    return choose(TORCH, name, x.device.type, x.dtype == torch.float64)
+
+
+def load(name: str, x: Tensor | None = None) -> Backend:
+    """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else the default for x.
 
     - composed: ATen's operations, on any device;
-    - aten: the batch-norm kernels of CUDA and, by torch_npu, of Ascend; the default on CUDA;
-    - triton: the kernels of this project, on CUDA and Ascend; the default on Ascend, which without
-      triton-ascend has aten;
+    - aten: the batch-norm kernels of CUDA and, by torch_npu, of Ascend; the default there without
+      Triton, and on CUDA for float64;
+    - triton: the kernels of this project; the default on CUDA and Ascend where Triton is installed;
     - twin: the same as Ascend's compiler lowered them, on CPU, for tests.
 
     Raises:
         ValueError: there is no backend of that name.
         RuntimeError: it needs what is not installed.
     """
-    chosen = choose(TORCH, name, device.type if device else "")
+    chosen = chosen_for(name, x) if x is not None else choose(TORCH, name, "")
     try:
         module = importlib.import_module(chosen.module)
     except ModuleNotFoundError as error:
