@@ -6,6 +6,7 @@ python -m benchmarks.cuda_page benchmarks/kept/cuda docs/cuda.md
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -73,23 +74,29 @@ def text(folder: Path) -> str:
     about = json.loads((folder / "about.json").read_text())
     environment = results["kernels"]["environment"]
     parts = [_HEAD.format(**{"triton": "none", **environment, **about})]
-    if "note" in about:
-        parts.append("\n" + about["note"] + "\n")
     suite = results["suite"]
     parts.append(_SUITE.format(profile=suite["profile"]))
     parts += [_suite_row(row) for row in suite["rows"]]
+    parts.append(_note(suite))
     parts.append(_WAITS.format(ranks=results["waits"]["ranks"]))
     parts += [_waits_row(row) for row in results["waits"]["rows"]]
     parts.append(_KERNELS.format(repeat=environment["repeat"]))
+    parts.append(_note(results["kernels"]))
     parts += _table(results["kernels"]["rows"], "of_copy", leave_out=("copy",))
     parts.append(_STEPS.format(ranks=results["steps"]["ranks"]))
+    parts.append(_note(results["steps"]))
     for mode in dict.fromkeys(row["mode"] for row in results["steps"]["rows"]):
         rows = [row for row in results["steps"]["rows"] if row["mode"] == mode]
         parts.append(f"### {mode}\n\n")
         parts += _table(rows, "of_torch", first="torch.nn.SyncBatchNorm")
         failed = {row["what"]: row["failed"] for row in rows if "failed" in row}
         parts += [f"`{what}` did not run: {why}\n\n" for what, why in failed.items()]
-    return "".join(parts).rstrip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", "".join(parts)).rstrip() + "\n"
+
+
+def _note(result: dict[str, Any]) -> str:
+    """What a reader must know about a part, if there is anything."""
+    return f"\n{result['note']}\n\n" if "note" in result else ""
 
 
 def _suite_row(row: dict[str, Any]) -> str:
