@@ -850,6 +850,28 @@ class TestWithMindSpore:
         assert np.allclose(layer.running_var.asnumpy(), 0.9, atol=0.5)
         assert layer.running_var.dtype == ms.float32
 
+    @pytest.mark.parametrize("mode", ["pynative", "graph"])
+    def test_model_train(self, mode: str) -> None:
+        """mindspore.Model trains a network with it as with BatchNorm1d."""
+        batches = [
+            (randn(8, 4, seed=i).asnumpy(), np.arange(8, dtype=np.int32) % 2) for i in (1, 2)
+        ]
+        weights = []
+        ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
+        for norm in (SyncBatchNorm(5), nn.BatchNorm1d(5)):
+            first, last = (
+                nn.Dense(*size, weight_init=randn(*size[::-1]), bias_init="zeros")
+                for size in ((4, 5), (5, 2))
+            )
+            network = nn.SequentialCell(first, norm, nn.ReLU(), last)
+            loss = nn.SoftmaxCrossEntropyWithLogits(sparse=True, reduction="mean")
+            optimizer = nn.SGD(network.trainable_params(), 0.1)
+            data = ms.dataset.GeneratorDataset(batches, ["x", "label"], shuffle=False)
+            ms.Model(network, loss, optimizer).train(2, data, dataset_sink_mode=False)
+            weights.append([first.weight.asnumpy(), last.weight.asnumpy()])
+        for ours, theirs in zip(*weights, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize(("mode", "forwards"), [("pynative", 2), ("graph", 1)])
     def test_recompute(self, mode: str, forwards: int) -> None:
         """In a graph MindSpore recomputes operations, so that the statistics move once."""
