@@ -58,7 +58,7 @@ def shard(batch: Tensor, rank: int, ranks: int) -> Tensor:
 
 
 class Plan(NamedTuple):
-    """What every process is told: images (N, 1, 8, 8), labels (N,), and how long to train."""
+    """What every process gets: images (N, 1, 8, 8), labels (N,), and how long to train."""
 
     images: Tensor
     labels: Tensor

@@ -142,7 +142,7 @@ def _why_left(layer: Any, exact: tuple[type, ...]) -> str | None:
 
 
 def _is_apex(kind: type) -> bool:
-    """By name, for apex may not be installed."""
+    """By name, because apex may not be installed."""
     return kind.__module__.startswith("apex.") and kind.__name__ == "SyncBatchNorm"
 
 

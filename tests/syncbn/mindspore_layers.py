@@ -135,7 +135,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def make_layer(num_features: int = 3, **arguments: Any) -> SyncBatchNorm:
-    """A layer in training whose parameters and running statistics tell channels apart.
+    """A layer in training whose parameters and running statistics differ between channels.
 
     In float64 they are no numbers of float32, so that one that is rounded shows.
     """

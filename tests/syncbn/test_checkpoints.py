@@ -1,4 +1,4 @@
-"""docs/checkpoints.md does what it says: its code is run here, and what it moved is compared."""
+"""The code of docs/checkpoints.md runs here, and what it moved is compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The argument checks that every front end shares: what passes, what not, and what it is told."""
+"""The argument checks that every front end shares: what passes, what does not, and the errors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ OF_WRONG_VALUE: dict[str, list[Any]] = {
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
-    """(argument, value), with an id that tells 1 from np.int64(1)."""
+    """(argument, value), with different ids for 1 and np.int64(1)."""
     return [
         pytest.param(name, value, id=f"{name}-{type(value).__name__}-{value!r}"[:60])
         for name, values in table.items()
@@ -123,7 +123,7 @@ class TestArguments:
 
 
 class Equal:
-    """Equal to everything, as an array would nearly be: only identity tells dtypes apart."""
+    """Equal to everything, as an array would nearly be: only identity distinguishes dtypes."""
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -299,7 +299,7 @@ def test_a_bias_may_be_left_out() -> None:
 
 
 def test_torchs_converter_takes_our_layers_and_ours_takes_them_back() -> None:
-    """docs/convert.md says so; torch tests for the base class that both share."""
+    """As docs/convert.md has it: torch tests for the base class that both share."""
     layer = SyncBatchNorm(3)
     theirs = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer))
     assert type(theirs[0]) is nn.SyncBatchNorm

@@ -1,4 +1,4 @@
-"""The MindSpore layer, as far as one process can tell, and branches of a graph on two ranks.
+"""The MindSpore layer, as far as one process shows it, and branches of a graph on two ranks.
 
 Nothing here makes MindSpore wait for each operation, as the conformance suite does.
 """
@@ -996,7 +996,7 @@ class TestBackend:
             whole, *formulas.stats(whole), 3, reference.Precision("float64").u
         )
         moments = [formulas.stats(part) for part in parts]
-        moments.insert(1, (np.full(3, 7.0), np.full(3, 9.0)))  # an empty part may say what it likes
+        moments.insert(1, (np.full(3, 7.0), np.full(3, 9.0)))  # an empty part may have any values
         means, variances = (Tensor(np.stack(m)) for m in zip(*moments, strict=True))
         counts = Tensor([1.0, 0.0, 40.0, 300.0], ms.float64)
         mean, var, invstd, n = composed.combine(means, variances, counts, backends.number(0.25))

@@ -1,4 +1,4 @@
-"""The PyTorch layer, as far as one process can tell.
+"""The PyTorch layer, as far as one process shows it.
 
 What several ranks compute together is judged by the conformance cases, not here.
 """
@@ -342,7 +342,7 @@ class TestComposed:
         precision = reference.Precision("float64")
         expected = bounds.of_combine(whole, *formulas.stats(whole), len(parts), precision.u)
         moments = [formulas.stats(numpy_of(part)) for part in parts]
-        # An empty part may say what it likes.
+        # An empty part may have any values.
         moments.insert(1, (np.full(3, 7.0), np.full(3, 9.0)))
         means, variances = (torch.from_numpy(np.stack(m)) for m in zip(*moments, strict=True))
         counts = torch.tensor([1.0, 0.0, 40.0, 300.0], dtype=torch.float64)

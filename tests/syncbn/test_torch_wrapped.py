@@ -256,7 +256,7 @@ def checkpointed(rank: int) -> None:
 
 
 def joined(rank: int) -> None:
-    """Uneven numbers of batches: a training layer cannot shadow the others, and DDP says so."""
+    """Uneven numbers of batches: a training layer cannot shadow the others, so DDP raises."""
     model = DistributedDataParallel(network())
 
     def steps() -> None:

@@ -34,7 +34,7 @@ def assert_within(what: str, got: Tensor, expected: Bounded) -> None:
 
 
 def make_layer(num_features: int = 3, **arguments: Any) -> SyncBatchNorm:
-    """A layer whose parameters and running statistics tell channels apart."""
+    """A layer whose parameters and running statistics differ between channels."""
     layer = SyncBatchNorm(num_features, **arguments)
     ramp = torch.linspace(0.5, 1.5, num_features)
     with torch.no_grad():
