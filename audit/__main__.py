@@ -16,6 +16,7 @@ from audit.mutants import run as mutants
 from audit.mutants.results import FRAMEWORKS
 from audit.mutate import run as mutate
 from audit.mutate.changes import KINDS
+from audit.storm import run as storm
 from audit.study import run as study
 from syncbn.conformance import ConformanceError
 from syncbn.conformance.cases import PROFILES, catalogue
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _failures_options(add("failures", _failures, "Write which cases catch which known failure."))
     _study_options(add("study", _study, "Calibrate the bound on sound and unsound layers."))
     _versions_options(add("versions", _versions, "Judge the oldest and the newest torch."))
+    _storm_options(add("storm", _storm, "Run the suite under random faults."))
     _kernels_steps(
         commands.add_parser("kernels", help="Prove the Triton kernels without a device.")
     )
@@ -144,6 +146,29 @@ def _versions_options(parser: argparse.ArgumentParser) -> None:
 
 def _versions(options: argparse.Namespace) -> int:
     return versions.main(options.folder, options.ranks, options.document, _console())
+
+
+def _storm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=30.0, help="default 30")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults (default 0)")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=0.02,
+        help="the share of forwards in which the layer misbehaves (default 0.02)",
+    )
+    _case_options(parser)
+
+
+def _storm(options: argparse.Namespace) -> int:
+    return storm.main(
+        minutes=options.minutes,
+        seed=options.seed,
+        ranks=options.ranks,
+        profile=options.profile,
+        rate=options.rate,
+        console=_console(),
+    )
 
 
 def _kernels_steps(parser: argparse.ArgumentParser) -> None:

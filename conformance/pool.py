@@ -195,7 +195,10 @@ class RankPool:
             patience=_patience(self.target),
             watch=self.target.device == "cpu",
         )
-        if outcome.hung:
+        assert self._job is not None
+        if (outcome.crashed or outcome.hung) and (failure := self._job.failure()):
+            outcome = replace(outcome, error=failure)
+        elif outcome.hung:
             self.hangs += 1
         if outcome.crashed or outcome.hung:
             self.stop()

@@ -24,6 +24,9 @@ class Job(Protocol):
     def ended(self) -> dict[int, str]:
         """The ranks whose process has ended, and how, as in "exit status 1"."""
 
+    def failure(self) -> str:
+        """Why the launcher has lost its ranks, whatever they did; empty if it has not."""
+
     def output(self, rank: int) -> str:
         """The end of the text that a rank has written to stdout and stderr so far."""
 

@@ -27,6 +27,7 @@ from typing import Any
 _KEPT = 1 << 16  # bytes of output that are kept of each rank
 _PIECE = 1 << 16
 _TICK_SECONDS = 0.2  # between looks for processes that have ended
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -173,6 +174,7 @@ def _be_rank(request: dict[str, Any], place: dict[str, str], output: int) -> Non
     """Become a rank, in a child process. Does not return."""
     status = 1
     try:
+        _control(_PR_SET_PDEATHSIG, signal.SIGKILL)  # at the end of the keeper
         os.setsid()  # Ctrl-C in a terminal reaches only the controller
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
@@ -223,6 +225,12 @@ def _descendants(pid: int) -> Iterator[int]:
             yield from _descendants(int(child))
 
 
+def _control(option: int, value: int) -> None:
+    """Set an option of this process, which only Linux has."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
 def main() -> None:
     """Serve on copies of stdin and stdout, which are not for what an import may print."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -230,8 +238,7 @@ def main() -> None:
     requests, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _control(_PR_SET_CHILD_SUBREAPER, 1)
     keeper = Keeper(requests, answers)
     try:
         keeper.serve()

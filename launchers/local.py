@@ -89,6 +89,13 @@ class LocalJob:
             return dict.fromkeys(self._ranks, str(error))
         return {int(rank): describe(code) for rank, code in ended.items()}
 
+    def failure(self) -> str:
+        try:
+            self._keeper.request({"do": "look"})
+        except KeeperError as error:
+            return str(error)
+        return ""
+
     def output(self, rank: int) -> str:
         try:
             return str(self._keeper.request({"do": "output", "rank": rank}))

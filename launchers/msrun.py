@@ -95,6 +95,9 @@ class MsrunJob:
         ended = [rank for rank in range(self._ranks) if rank not in workers]
         return dict.fromkeys(ended, "how is not known: msrun ends before its ranks")
 
+    def failure(self) -> str:
+        return ""
+
     def output(self, rank: int) -> str:
         if self._msrun.poll():  # msrun failed, and its log has the reason
             return self._own_log.read_text(errors="replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,21 @@ def test_ranks_that_cannot_start_again_cost_errors_and_not_the_run(
     assert "No module named 'no'" in str(found[0].message)
     assert found[-1].message == "the ranks failed to start 2 times in a row"
     assert pool.starts == 3
+
+
+def test_the_end_of_what_keeps_the_ranks_is_no_crash_of_the_layer() -> None:
+    with RankPool(targets.parse("syncbn.torch"), 2) as pool:
+        assert judged(pool, case(3)).verdict == "pass"
+        assert pool._job is not None
+        ranks = [Path(f"/proc/{pid}") for pid in pool._job.processes().values()]
+        status = (ranks[0] / "stat").read_text()
+        os.kill(int(status.rsplit(")", 1)[1].split()[1]), signal.SIGKILL)
+        while any(place.exists() for place in ranks):
+            time.sleep(0.01)
+        found = judged(pool, case(3))
+        assert found.verdict == "error"
+        assert found.message == "the parent of the ranks ended: signal 9, SIGKILL"
+        assert judged(pool, case(3)).verdict == "pass"
 
 
 def test_what_the_suite_cannot_judge_is_an_error() -> None:

@@ -224,8 +224,7 @@ def test_ranks_end_with_what_keeps_them() -> None:
         (keeper,) = set(processes("kept")) - set(processes("kept", without=KEEPER))
         os.kill(keeper, signal.SIGKILL)
         assert job.ended()[0] == "the parent of the ranks ended: signal 9, SIGKILL"
-        for pid in processes("kept"):
-            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: processes("kept") == [], 10.0)
 
 
 @each_launcher
