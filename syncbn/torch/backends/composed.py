@@ -27,6 +27,7 @@ _BLOCK = 64  # longest column that is added up in float32: an error of 64 u at t
 _CACHED = 2**18  # values that stay in the cache between two passes: 1 MiB of float32
 _LARGE = 512  # values of an image, from which its sums are the kernel's
 _FEW = 8  # with fewer rows, columns are too short to pay for their merge
+_SMALL = 2**15  # values up to which float64 costs less than the operations of the merge
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,7 @@ def stats(x: Tensor) -> tuple[Tensor, Tensor]:
         return _formula_stats(x)
     x = _as_rows(x)
     # The kernel adds up squares, which may overflow float32 where their mean does not.
-    if x.shape[0] < _FEW:
+    if x.shape[0] < _FEW or x.numel() <= _SMALL:
         return _kernel_stats(x.to(statistics_dtype(x.device)))
     mean, var = _stats_of_columns(x)
     if may_sync_host(x.device) and not var.isfinite().all():
@@ -93,6 +94,9 @@ def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     if not _has_native_kernels(x):
         dy = dy.to(mean.dtype)
         return dy.sum((0, 2)), (dy * _centered(x, mean)).sum((0, 2))
+    if x.numel() <= _SMALL and x.dtype != torch.float64:
+        dtype = statistics_dtype(x.device)
+        return _kernel_sums(dy.to(dtype), x.to(dtype), mean.to(dtype))
     mean = mean.to(_accumulating(x))
     dy, x = _as_rows(dy), _as_rows(x)
     if x.shape[2] >= _LARGE:
