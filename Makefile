@@ -84,6 +84,10 @@ wheel: $(READY) ## build the wheel into dist/
 bench: $(READY) ## time the layer against torch.nn.BatchNorm2d on 2 ranks
 	$(RUN) -m benchmarks.layer
 
+.PHONY: bench-check
+bench-check: $(READY) ## compare the ratios of the last `make bench` with the kept ones
+	$(RUN) -m benchmarks.check
+
 .PHONY: lint
 lint: $(READY) ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -1,7 +1,7 @@
 """What a training step of SyncBatchNorm costs, compared with torch.nn.BatchNorm2d, on CPU ranks.
 
-Every rank is a process of one thread, joined to the others by Gloo, with a float32 shard of its
-own. Timed is forward plus backward, for the gradients of input, weight and bias, of
+Every rank is a process of one thread, joined to the others by Gloo, with a shard of its own.
+Timed is forward plus backward, for the gradients of input, weight and bias, of
 syncbn.torch.SyncBatchNorm over all ranks and of torch.nn.BatchNorm2d, which does not synchronize,
 on the same shard in the same process. After a warm-up they take turns, each after a barrier, so
 that all ranks do the same at a time and load their cores equally. The ratio of a pair is
@@ -39,7 +39,12 @@ Shape = tuple[int, ...]
 # Of ResNet-50, with 32 images per rank: after the first convolution, and at the end of three of
 # its four stages.
 SHAPES: list[Shape] = [(32, 64, 112, 112), (32, 256, 56, 56), (32, 512, 28, 28), (32, 2048, 7, 7)]
+TINY: Shape = (4, 64, 8, 8)
 QUICK_SHAPES: list[Shape] = [(2, 8, 4, 4), (2, 16, 2, 2)]
+HALVES = ("bfloat16", "float16")
+CASES = [(shape, "float32") for shape in [*SHAPES, TINY]]
+CASES += [(shape, half) for shape in [*SHAPES[1:3], TINY] for half in HALVES]
+QUICK_CASES = [(shape, "float32") for shape in QUICK_SHAPES]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WARM_UP = 3  # rounds that are not counted
 OUT = Path(__file__).parent / "out" / "layer.json"
@@ -59,9 +64,12 @@ def take_turns(actions: dict[str, Callable[[], Any]], repeat: int) -> Samples:
     return {name: times[WARM_UP:] for name, times in samples.items()}
 
 
-def time_steps(shape: Shape, layout: str, repeat: int) -> Samples:
-    """Forward plus backward of both layers on one random shard."""
-    x, dy = (torch.randn(shape).to(memory_format=LAYOUTS[layout]) for _ in range(2))
+def time_steps(shape: Shape, dtype: str, layout: str, repeat: int) -> Samples:
+    """Forward plus backward of both layers on one random shard; the parameters are float32."""
+    x, dy = (
+        torch.randn(shape).to(getattr(torch, dtype)).to(memory_format=LAYOUTS[layout])
+        for _ in range(2)
+    )
     x.requires_grad_()
 
     def step(layer: nn.Module) -> None:
@@ -88,29 +96,32 @@ def time_collectives(channels: int, repeat: int) -> Samples:
     )
 
 
-def run_rank(rank: int, ranks: int, shapes: list[Shape], repeat: int, folder: Path) -> None:
-    """One rank, a process of its own; it leaves the samples of every shape in the folder."""
+def run_rank(
+    rank: int, ranks: int, cases: list[tuple[Shape, str]], repeat: int, folder: Path
+) -> None:
+    """One rank, a process of its own; it leaves the samples of every case in the folder."""
     torch.set_num_threads(1)
     meeting_point = (folder / "ranks").as_uri()
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=ranks)
     samples = [
-        {layout: time_steps(shape, layout, repeat) for layout in LAYOUTS}
+        {layout: time_steps(shape, dtype, layout, repeat) for layout in LAYOUTS}
         | {"collectives": time_collectives(shape[1], repeat)}
-        for shape in shapes
+        for shape, dtype in cases
     ]
     (folder / str(rank)).write_text(json.dumps(samples))
     dist.destroy_process_group()
 
 
-def measure(ranks: int, shapes: list[Shape], repeat: int) -> list[dict[str, Any]]:
-    """Start the ranks; one case per shape, as it stands in the JSON file."""
+def measure(ranks: int, cases: list[tuple[Shape, str]], repeat: int) -> list[dict[str, Any]]:
+    """Start the ranks; one record per case, as it stands in the JSON file."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spawn(run_rank, (ranks, shapes, repeat, folder), nprocs=ranks)
+        spawn(run_rank, (ranks, cases, repeat, folder), nprocs=ranks)
         by_rank = [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
     return [
-        {"shape": shape} | {key: summary([one[key] for one in of_ranks]) for key in of_ranks[0]}
-        for shape, of_ranks in zip(shapes, zip(*by_rank, strict=True), strict=True)
+        {"shape": shape, "dtype": dtype}
+        | {key: summary([one[key] for one in of_ranks]) for key in of_ranks[0]}
+        for (shape, dtype), of_ranks in zip(cases, zip(*by_rank, strict=True), strict=True)
     ]
 
 
@@ -167,14 +178,16 @@ def commit() -> str | None:
 
 
 def print_table(cases: list[dict[str, Any]]) -> None:
-    """One line per shape."""
+    """One line per case."""
     print("forward + backward, median ms: SyncBatchNorm / BatchNorm2d, their ratio (quartiles)")
-    print(f"{'shape':<20}{'contiguous':<36}{'channels_last':<36}all_gather  all_reduce")
+    print(
+        f"{'shape':<20}{'dtype':<10}{'contiguous':<36}{'channels_last':<36}all_gather  all_reduce"
+    )
     for case in cases:
         layers = "".join(f"{show(case[layout]):<36}" for layout in LAYOUTS)
         alone = case["collectives"]
         print(
-            f"{case['shape']!s:<20}{layers}"
+            f"{case['shape']!s:<20}{case['dtype']:<10}{layers}"
             f"{alone['all_gather_ms']:10.3f}  {alone['all_reduce_ms']:10.3f}"
         )
 
@@ -198,7 +211,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=positive, default=2, help="processes (default 2)")
-    parser.add_argument("--repeat", type=positive, default=20, help="pairs (default 20)")
+    parser.add_argument("--repeat", type=positive, default=50, help="pairs (default 50)")
     parser.add_argument("--out", type=Path, default=OUT, help="(default benchmarks/out/layer.json)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     args = parser.parse_args()
@@ -209,7 +222,7 @@ def main() -> None:
         "environment": environment(),
         "ranks": args.ranks,
         "repeat": args.repeat,
-        "cases": measure(args.ranks, QUICK_SHAPES if args.quick else SHAPES, args.repeat),
+        "cases": measure(args.ranks, QUICK_CASES if args.quick else CASES, args.repeat),
     }
     if args.ranks > cores():
         print(f"warning: {args.ranks} ranks on {cores()} cores: the times include waiting for one")

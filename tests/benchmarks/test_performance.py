@@ -1,0 +1,43 @@
+"""The page of the figures, what it is made of, and the comparison of times."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import check, performance_page, world
+
+
+def test_the_page_is_made_of_the_kept_figures() -> None:
+    assert performance_page.PAGE.read_text() == performance_page.text()
+
+
+def test_the_merge_stays_exact_as_the_world_grows() -> None:
+    for ranks in (2, 64):
+        in_float64, in_float32 = world.measure(ranks, repeat=1)
+        assert in_float64["mean_error"] < 1e-12
+        assert in_float64["var_error"] < 1e-12
+        unit = torch.finfo(torch.float32).eps / 2
+        assert in_float32["mean_error"] < 4 * unit * world.MEAN
+        assert in_float32["var_error"] < 1e-4
+
+
+def test_every_rank_sends_a_share_of_n_and_of_n_minus_1() -> None:
+    table, _, _ = world.payloads(64)
+    n = 64 * world.SHARD[0] * world.SHARD[2]
+    torch.testing.assert_close(table[:, 10:12].sum(0), torch.tensor([n, n - 1.0]).double())
+
+
+def test_a_slower_ratio_is_found(tmp_path: Path) -> None:
+    kept: dict[str, Any] = json.loads(check.KEPT.read_text())
+    assert check.slower(kept, kept) == []
+    new = copy.deepcopy(kept)
+    case = new["cases"][0]
+    case["contiguous"]["ratio"]["quartiles"] = [9.0, 9.5]
+    (line,) = check.slower(kept, new)
+    assert f"{tuple(case['shape'])}"[:-1] in line
+    assert "contiguous: 9.00 to 9.50, was" in line
