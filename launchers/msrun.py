@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _MARK = "SYNCBN_MSRUN"
+_KEPT = 1 << 16  # bytes of output that are shown of each rank
+_LONG_LOG = 64 << 20  # bytes on disk after which a log is emptied
 _SCHEDULER = "from mindspore.communication import init; init()"
 
 
@@ -91,6 +93,7 @@ class MsrunJob:
     def ended(self) -> dict[int, str]:
         if self._msrun.poll() is None:  # some may not have started yet
             return {}
+        self._shorten_logs()
         workers = self._workers()
         ended = [rank for rank in range(self._ranks) if rank not in workers]
         return dict.fromkeys(ended, "how is not known: msrun ends before its ranks")
@@ -100,9 +103,9 @@ class MsrunJob:
 
     def output(self, rank: int) -> str:
         if self._msrun.poll():  # msrun failed, and its log has the reason
-            return self._own_log.read_text(errors="replace")
-        log = self._logs / f"worker_{rank}.log"
-        return log.read_text(errors="replace") if log.exists() else ""
+            return _end_of(self._own_log)
+        log = self._log(rank)
+        return _end_of(log) if log.exists() else ""
 
     def stop(self) -> None:
         with self._msrun:  # first, so that it starts no more processes
@@ -113,6 +116,16 @@ class MsrunJob:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
         shutil.rmtree(self._logs, ignore_errors=True)
+
+    def _shorten_logs(self) -> None:
+        """Give back the space of long logs. A rank goes on to write where it was."""
+        for log in map(self._log, range(self._ranks)):
+            with contextlib.suppress(FileNotFoundError):
+                if log.stat().st_blocks * 512 > _LONG_LOG:
+                    os.truncate(log, 0)
+
+    def _log(self, rank: int) -> Path:
+        return self._logs / f"worker_{rank}.log"
 
     @property
     def _own_log(self) -> Path:
@@ -136,6 +149,12 @@ class MsrunJob:
                 environment = dict(line.split("=", 1) for line in lines if "=" in line)
                 if environment.get(_MARK) == str(self._logs):
                     yield int(place.parent.name), environment
+
+
+def _end_of(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _KEPT))
+        return file.read().replace(b"\0", b"").decode(errors="replace")
 
 
 def _free_port() -> int:

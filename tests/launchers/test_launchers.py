@@ -211,11 +211,27 @@ def test_what_a_rank_starts_ends_with_a_controller_that_is_killed() -> None:
     wait_until(lambda: processes("abandoned") == [] and daemons() == before, 20.0)
 
 
-def test_the_end_of_a_long_output_is_kept() -> None:
-    script = "print('word ' * 20_000_000, 'the end', flush=True); import time; time.sleep(300)"
-    with started("local", "long", script) as job:
-        wait_until(lambda: job.output(0).endswith("the end\n"))
+LONG = """
+import time
+print("word " * 20_000_000, "the end", flush=True)
+for second in range(300):
+    print(f"second {second}", flush=True)
+    time.sleep(0.1)
+"""
+
+
+@each_launcher
+def test_the_end_of_a_long_output_is_kept(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with started(launcher, "long", LONG) as job:
+        wait_until(lambda: "second 1\n" in job.output(0))
         assert len(job.output(0)) <= 1 << 16
+        assert job.ended() == {}
+        wait_until(lambda: "second 9\n" in job.output(0))
+        on_disk = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*"))
+        assert on_disk < 1 << 20
 
 
 def test_ranks_end_with_what_keeps_them() -> None:
