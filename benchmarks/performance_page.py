@@ -46,6 +46,22 @@ tensors with input {shape}:
 |---|---|---|--:|--:|--:|--:|
 """
 
+_MINDSPORE = """
+### MindSpore
+
+```
+python -m benchmarks.cost_mindspore
+```
+
+Operators of one step in PyNative with the kernels of Ascend, which MindSpore's profiler counted on
+the CPU (MindSpore {mindspore}); the batch-norm kernels are stubs that count one each. This
+project's layer merges in elementary operators, because Ascend's kernel for it loses digits and
+takes no empty shard. The operator of MindSpore has no bfloat16.
+
+| layer | dtype | forward: launches | backward: launches |
+|---|---|--:|--:|
+"""
+
 _WORLD = """
 ## The merge, as the world grows
 
@@ -87,9 +103,9 @@ def main() -> None:
 
 def text() -> str:
     """The page."""
-    cost, before, world, layer = (
+    cost, before, in_mindspore, world, layer = (
         json.loads((KEPT / f"{name}.json").read_text())
-        for name in ("cost", "cost_before", "world", "layer")
+        for name in ("cost", "cost_before", "cost_mindspore", "world", "layer")
     )
     shown = [record for record in cost["records"] if record["ranks"] == 2]
     head = _HEAD.format(ranks=2, shape=tuple(cost["shape"]), torch=cost["torch"])
@@ -111,6 +127,8 @@ def text() -> str:
             *map(_counted, shown),
             after,
             *map(_counted_before, before["records"]),
+            _MINDSPORE.format(mindspore=in_mindspore["mindspore"]),
+            *map(_counted_in_mindspore, in_mindspore["records"]),
             growing,
             *map(_merged, world["records"]),
             cpu,
@@ -132,6 +150,12 @@ def _counted(record: dict[str, Any]) -> str:
 def _counted_before(record: dict[str, Any]) -> str:
     costs = [record[way][what] for way in ("forward", "backward") for what in ("launches", "bytes")]
     return _row([record["backend"], record["device"], record["dtype"], *costs])
+
+
+def _counted_in_mindspore(record: dict[str, Any]) -> str:
+    layer = {"syncbn": "this", "mint": "mint.nn"}[record["layer"]]
+    costs = [record[way]["launches"] for way in ("forward", "backward")]
+    return _row([layer, record["dtype"], *costs])
 
 
 def _merged(record: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ A counting device changes what the process believes to have, so each test has a 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -99,6 +100,23 @@ def test_counts_are_at_or_below_those_reached(tmp_path: Path) -> None:
                 assert now[what] <= reached[what], f"{what}, {where}: {now['operations']}"
             for what in ("read", "written"):
                 assert now[what] <= reached[what] + ROUNDING, f"{what}, {where}"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("mindspore") is None, reason="mindspore is not installed"
+)
+def test_counts_in_mindspore_are_at_or_below_those_reached(tmp_path: Path) -> None:
+    out = tmp_path / "cost_mindspore.json"
+    python("-W", "ignore", "-m", "benchmarks.cost_mindspore", "--out", str(out))
+    kept = json.loads((KEPT.parent / "cost_mindspore.json").read_text())["records"]
+    records = json.loads(out.read_text())["records"]
+    assert [(r["layer"], r["dtype"]) for r in records] == [(r["layer"], r["dtype"]) for r in kept]
+    for record, reached in zip(records, kept, strict=True):
+        for direction in ("forward", "backward"):
+            now, before = record[direction], reached[direction]
+            where = f"{direction} of {record['layer']} in {record['dtype']}"
+            assert now["collectives"] == 1, where
+            assert now["launches"] <= before["launches"], f"{where}: {now['operations']}"
 
 
 @pytest.mark.parametrize("code", OPERATIONS)
