@@ -8,6 +8,7 @@ syncbn.conformance.data.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
@@ -240,7 +241,7 @@ class Case:
         assert isinstance(document, dict)
         return document
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """12 hexadecimal digits of the SHA-256 of the document without its title."""
         question = {key: v for key, v in self.document.items() if key != "title"}

@@ -112,15 +112,14 @@ class Channel:
         """
         rest = memoryview(encode(content, arrays))
         end = None if seconds is None else time.monotonic() + seconds
+        flags = 0 if end is None else socket.MSG_DONTWAIT
         while rest:
-            left = None if end is None else end - time.monotonic()
-            if left is not None and (left <= 0 or not select.select([], [self], [], left)[1]):
-                raise TimeoutError(f"{len(rest)} bytes of a message were not taken")
-            flags = 0 if end is None else socket.MSG_DONTWAIT
             try:
                 rest = rest[self._socket.send(rest, flags) :]
             except BlockingIOError:
-                continue
+                left = 0.0 if end is None else end - time.monotonic()
+                if left <= 0 or not select.select([], [self], [], left)[1]:
+                    raise TimeoutError(f"{len(rest)} bytes of a message were not taken") from None
 
     def receive(self) -> Message:
         """Wait for the next message.
