@@ -1099,7 +1099,7 @@ class RoundsInAutocast(Fault):
 
 
 class LocalSumsAgain(Fault):
-    """The second backward adds up nothing over the ranks: the adjoint of a sum over ranks is lost.
+    """The second backward uses the sums of the rank alone: the adjoint of a sum over ranks is lost.
 
     Source: derived from reference/second.py.
     """
@@ -1112,7 +1112,7 @@ class LocalSumsAgain(Fault):
 
 
 class ConstantStatisticsAgain(Fault):
-    """The second backward takes the mean and the variance of the group as constants.
+    """The second backward treats the mean and the variance of the group as constants.
 
     Source: derived from reference/second.py.
     """
@@ -1124,7 +1124,7 @@ class ConstantStatisticsAgain(Fault):
 
 
 class ParameterGradientsAgain(Fault):
-    """The second backward ignores what depends on grad_weight and grad_bias.
+    """The second backward ignores the gradients in grad_weight and grad_bias.
 
     Source: derived from reference/second.py.
     """
@@ -1134,6 +1134,45 @@ class ParameterGradientsAgain(Fault):
     def double_backward(self, saved: Saved, *gradients: Array) -> tuple[Array, Array, Array]:
         dy, ddx, ddweight, ddbias = gradients
         return super().double_backward(saved, dy, ddx, 0 * ddweight, 0 * ddbias)
+
+
+class ForgetsInputAgain(Fault):
+    """The second backward differentiates in dy alone: the derivative in x is 0.
+
+    Source: derived from reference/second.py.
+    """
+
+    dies_in = ("GRAD-5",)
+
+    def double_backward(self, saved: Saved, *gradients: Array) -> tuple[Array, Array, Array]:
+        of_dy, of_x, of_weight = super().double_backward(saved, *gradients)
+        return of_dy, 0 * of_x, of_weight
+
+
+class EmptyRankSkipsAgain(Fault):
+    """A rank without data does not join the all_reduce of the second backward.
+
+    Source: derived from reference/second.py.
+    """
+
+    dies_in = ("GRAD-5",)
+
+    def double_backward(self, saved: Saved, *gradients: Array) -> tuple[Array, Array, Array]:
+        saved = saved if saved.x.size else saved._replace(communicator=None)
+        return super().double_backward(saved, *gradients)
+
+
+class ZeroInEvalAgain(Fault):
+    """In eval with running statistics, the second derivative in dy is 0.
+
+    Source: derived from reference/second.py.
+    """
+
+    dies_in = ("GRAD-5",)
+
+    def double_backward(self, saved: Saved, *gradients: Array) -> tuple[Array, Array, Array]:
+        of_dy, of_x, of_weight = super().double_backward(saved, *gradients)
+        return of_dy * (saved.communicator is not None), of_x, of_weight
 
 
 def _channels_last(x: Array) -> bool:
