@@ -87,6 +87,8 @@ class Step:
     lost: the ranks that cannot read in the backward what the forward saved for it.
     second: the tensors to which the gradients are differentiated again, among SECOND; the others
         are constants. The second backward starts from random cotangents of all gradients.
+    again: the input is the very tensor of the step before.
+    copied: a deep copy of the layer takes the step and those after it.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -112,6 +114,8 @@ class Step:
     autocast: str | None = None
     lost: tuple[int, ...] = ()
     second: tuple[str, ...] = ()
+    again: bool = False
+    copied: bool = False
 
     def dtype_of(self, rank: int) -> str:
         return self.dtype if isinstance(self.dtype, str) else self.dtype[rank]
@@ -154,6 +158,7 @@ class Case:
     seed: of everything random.
     deadline: seconds after which a rank hangs.
     layers: pairs of a rank and the arguments in which its layer differs from `layer`.
+    cast: the dtype that a new layer is cast to, as by `to(dtype)`, before it gets its state.
     """
 
     clause: str
@@ -169,6 +174,7 @@ class Case:
     seed: int = 0
     deadline: float = 20.0
     layers: tuple[tuple[int, dict[str, Any]], ...] = ()
+    cast: str | None = None
 
     @property
     def num_features(self) -> int:
@@ -194,7 +200,7 @@ class Case:
 
     @property
     def parameter_dtype(self) -> str:
-        return str(self.layer.get("dtype") or "float32")
+        return str(self.cast or self.layer.get("dtype") or "float32")
 
     @property
     def dtypes(self) -> set[str]:

@@ -35,6 +35,7 @@ CLAUSES = {
     "CTOR-5": Clause("state names are those of BatchNorm", "decided"),
     "CTOR-6": Clause("attributes are live", "decided"),
     "CTOR-7": Clause("initial values, other dtypes", "decided"),
+    "CTOR-8": Clause("deep copies and casts", "decided"),
     "ERR-1": Clause("TypeError: num_features not an int", "doc"),
     "ERR-2": Clause("TypeError: eps not a float", "doc"),
     "ERR-3": Clause("ValueError: num_features < 1", "doc"),

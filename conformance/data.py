@@ -20,6 +20,8 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 def shard(case: Case, index: int, rank: int) -> Array:
     """The input of one rank in one step."""
+    while case.steps[index].again:
+        index -= 1
     step = case.steps[index]
     spec = step.x
     shape = step.shapes[rank]

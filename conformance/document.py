@@ -75,6 +75,7 @@ def load(document: Any) -> Case:
         _check_ranks(case, step, where)
         _check_shapes(case, step, where)
         _check_second(case, step, where)
+        _check_again(case, index, where)
         if step.recording not in RECORDING:
             known = ", ".join(RECORDING)
             raise CaseError(f"{where}.recording must be one of {known}, got {step.recording!r}")
@@ -185,6 +186,19 @@ def _check_shapes(case: Case, step: Step, where: str) -> None:
         inside = rank < case.ranks and len(place) == len(step.shapes[rank])
         if not inside or any(i >= n for i, n in zip(place, step.shapes[rank], strict=True)):
             raise CaseError(f"{where}.x.poison must be at a place of the input, got {list(at)}")
+
+
+def _check_again(case: Case, index: int, where: str) -> None:
+    """A step that takes the tensor of the step before describes its input as that step does."""
+    step, before = case.steps[index], case.steps[index - 1]
+    if not step.again:
+        return
+    alike = all(
+        getattr(step, name) == getattr(before, name)
+        for name in ("shapes", "dtype", "layout", "x", "paired", "present")
+    )
+    if not index or not alike:
+        raise CaseError(f"{where} must have the input of the step before if it is taken again")
 
 
 def _check_second(case: Case, step: Step, where: str) -> None:

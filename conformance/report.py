@@ -50,11 +50,12 @@ def build(
         selection: the part of the profile that was to run.
         stopped: whether something stopped the run before all its cases had run.
     """
-    clauses = [_clause(name, rows, pool.ranks, level) for name in CLAUSES]
+    part = selection != EVERYTHING
+    clauses = [_clause(name, rows, pool.ranks, level, part) for name in CLAUSES]
     counting = [clause["verdict"] for clause in clauses if clause["required"]]
     ran = {one["id"] for one in rows if one["verdict"] != "not-run"}
     listed = set(must_pass.listed(pool.ranks, profile))
-    if selection != EVERYTHING:
+    if part:
         listed &= {case.id for case in selection.of(pool.ranks, profile)}
     missing = sorted(listed - ran)
     verdicts = [one["verdict"] for one in rows]
@@ -151,9 +152,13 @@ def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:
     }
 
 
-def _clause(name: str, rows: Sequence[Row], ranks: int, level: str) -> dict[str, Any]:
-    """The row of a clause. It is required only if the target supports at least one of its cases."""
+def _clause(name: str, rows: Sequence[Row], ranks: int, level: str, part: bool) -> dict[str, Any]:
+    """The row of a clause. It is required only if the target supports at least one of its cases.
+
+    part: whether only a part of the profile was to run.
+    """
     clause = CLAUSES[name]
+    none = "not selected" if part and clause.not_run is None else why_none(name, ranks)
     mine = [one for one in rows if one["clause"] == name]
     verdicts = [one["verdict"] for one in mine]
     judged = [one for one in verdicts if one not in ("unsupported", "not-run")]
@@ -170,7 +175,7 @@ def _clause(name: str, rows: Sequence[Row], ranks: int, level: str) -> dict[str,
         "unsupported": len(mine) - len(judged),
         "worst_ratio": None if largest is None else largest["ratio"],
         "worst_case": None if largest is None else largest["id"],
-        "reason": _reason(mine, worst) if mine else why_none(name, ranks),
+        "reason": _reason(mine, worst) if mine else none,
     }
 
 

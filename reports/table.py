@@ -224,7 +224,7 @@ def _last_line(report: Report) -> Text:
     )
     for name in _STYLES:
         ids = [_mark(clause) for clause in clauses if clause["verdict"] == name]
-        if ids and name != "pass":
+        if ids and name != "pass" and not (name == "not-run" and report.get("selection")):
             line.append(f"; {name.replace('-', ' ')}: {', '.join(ids)}")
     return line
 

@@ -1098,6 +1098,136 @@ class RoundsInAutocast(Fault):
         return np.ldexp(np.round(mantissa * 2**8) / 2**8, exponent).astype(y.dtype)
 
 
+class ModifiesUnrecordedInput(Fault):
+    """Under no_grad, the layer subtracts the mean from the caller's tensor in place.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-8",)
+    frameworks = ("torch",)  # the wrapper of MindSpore gets a copy of the input
+
+    def normalize(
+        self, x: Array, stats: Statistics, weight: Array | None, bias: Array | None
+    ) -> Array:
+        y = super().normalize(x, stats, weight, bias)
+        if self.context == "no_grad":
+            x -= stats.mean.reshape(1, -1, *(1,) * (x.ndim - 2))
+        return y
+
+
+class ForgetsIdleSteps(Fault):
+    """A recorded step does not move the running statistics if nothing wants a gradient.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-8",)
+    frameworks = ("torch",)  # the wrapper of MindSpore does not see which gradients are wanted
+
+    idle = False
+
+    def forward(
+        self,
+        x: Array,
+        dtype: str,
+        state: State,
+        communicator: Communicator,
+        training: bool,
+        differentiates: bool,
+    ) -> tuple[Array, Saved]:
+        self.idle = self.context == "" and not differentiates
+        return super().forward(x, dtype, state, communicator, training, differentiates)
+
+    def track(self, state: State, stats: Statistics) -> None:
+        if not self.idle:
+            super().track(state, stats)
+
+
+class KeepsFirstEval(Fault):
+    """Eval goes on with the running statistics of the first eval, however training moved them.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-8",)
+
+    first: Any = None
+
+    def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
+        found = super().evaluate(x, state, communicator)
+        if state.running_mean is None:
+            return found
+        self.first = self.first or found
+        return self.first
+
+
+class CountsSinceConstruction(Fault):
+    """The cumulative average starts again in a layer that loads a checkpoint.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("CTOR-5",)
+
+    steps = 0
+
+    def factor(self, steps: int) -> float:
+        self.steps += 1
+        return super().factor(self.steps)
+
+
+class RemembersItsOutput(Fault):
+    """The output of a tensor that came before is that of then, whatever the layer does now.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("FWD-8",)
+    frameworks = ("torch",)  # the wrapper of MindSpore gets a copy of the input
+
+    seen: Any = None
+    output: Any = None
+
+    def normalize(
+        self, x: Array, stats: Statistics, weight: Array | None, bias: Array | None
+    ) -> Array:
+        y = super().normalize(x, stats, weight, bias)
+        before, self.seen = self.seen, (x.__array_interface__["data"], x.tobytes())
+        if self.seen != before:
+            self.output = y
+        return np.array(self.output)
+
+
+class CopyForgetsEps(Fault):
+    """A deep copy of the layer has the default eps.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("CTOR-8",)
+    frameworks = ("torch",)  # the suite copies no layer of MindSpore
+
+    def __deepcopy__(self, memo: Any) -> Plain:
+        copied = super().__deepcopy__(memo)
+        copied.eps = 1e-5
+        return copied
+
+
+class ForgetsStepsAfterCast(Fault):
+    """A layer that was cast to another dtype does not move its running statistics.
+
+    Source: derived from docs/contract.md.
+    """
+
+    dies_in = ("CTOR-8",)
+    frameworks = ("torch",)  # the suite casts no layer of MindSpore
+
+    def track(self, state: State, stats: Statistics) -> None:
+        if not self.was_cast:
+            super().track(state, stats)
+
+
 class LocalSumsAgain(Fault):
     """The second backward uses the sums of the rank alone: the adjoint of a sum over ranks is lost.
 

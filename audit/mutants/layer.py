@@ -13,6 +13,7 @@ bfloat16 values arrive as float32. Arithmetic is in the dtype of x. The five ope
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -117,6 +118,11 @@ class Plain:
 
     # The context of the forward, set by the wrapper: "no_grad", "inference_mode", "autocast" or "".
     context = ""
+    was_cast = False  # whether the layer was cast to another dtype, set by the wrapper of PyTorch
+
+    def __deepcopy__(self, _: Any) -> Plain:
+        """A copy that shares arrays, which no step changes, and the group, which is not copied."""
+        return copy.copy(self)
 
     def __init__(
         self,

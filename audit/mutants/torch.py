@@ -47,6 +47,7 @@ class SyncBatchNorm(Wrapper, nn.Module):
         super().__init__()
         check_dtype(dtype, _DTYPES)
         dtype = dtype or torch.float32
+        self.built_with = dtype
         self.plain = algorithm(mutant or self.default)(
             num_features, eps, momentum, affine, track_running_stats, _name(dtype)
         )
@@ -67,6 +68,10 @@ class SyncBatchNorm(Wrapper, nn.Module):
         wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
         differentiates = torch.is_grad_enabled() and wanted
         self.plain.context = _context()
+        own = [tensor.dtype for tensor in (self.weight, self.running_mean) if tensor is not None]
+        self.plain.was_cast = any(dtype != self.built_with for dtype in own)
+        if self.plain.was_cast:
+            self.plain.parameter_dtype = _name(own[0])
         y: Tensor = _Function.apply(*tensors, self, differentiates)
         return y
 

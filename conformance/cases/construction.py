@@ -1,8 +1,9 @@
-"""How the layer is built: CTOR-1 to CTOR-7, and the arguments that it refuses: ERR-1 to ERR-8."""
+"""How the layer is built: CTOR-1 to CTOR-8, and the arguments that it refuses: ERR-1 to ERR-8."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from syncbn.conformance.case import Step
@@ -83,6 +84,23 @@ def starts(ranks: int) -> Iterator[Draft]:
     yield _constructed({"dtype": None}, "parameters", "statistics_dtype", "initial_values")
     for dtype in _DTYPES:
         yield _constructed({"dtype": dtype}, "statistics_dtype", "initial_values")
+
+
+@cases_of("CTOR-8")
+def copies(ranks: int) -> Iterator[Draft]:
+    step = Step(uneven(ranks, 3, 4))
+    copied = replace(step, copied=True)
+    for layer in ({"eps": 0.1}, {"momentum": None}, {"affine": False}):
+        ((name, value),) = layer.items()
+        title = f"a deep copy goes on, {name}={value}"
+        yield case(title, step, copied, step, layer=layer, checks=("y", *GRADIENTS, *MOVED))
+    evaluate = replace(copied, mode="eval")
+    yield case("a deep copy in eval", step, evaluate, layer={"eps": 0.1}, checks=("y", *GRADIENTS))
+    for dtype in ("float16", "bfloat16", "float64"):
+        train = replace(step, dtype=dtype)
+        steps = (train, train, replace(train, mode="eval"))
+        checks = ("parameters", "statistics_dtype", "y", *GRADIENTS, *MOVED)
+        yield case(f"a layer cast to {dtype}", *steps, cast=dtype, checks=checks)
 
 
 @cases_of("ERR-1")

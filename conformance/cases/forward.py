@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -147,6 +148,25 @@ def contexts(ranks: int) -> Iterator[Draft]:
         step = Step(shapes, mode=chosen["mode"], dtype=dtype, autocast=autocast)
         title = titled(autocast=autocast, input=dtype, mode=chosen["mode"])
         yield case(title, step, step, checks=(*checks, *GRADIENTS))
+    for recording, mode in product(("on", "no_grad", "inference_mode"), ("train", "eval")):
+        quiet = Step(shapes, mode=mode, backward=False, recording=recording)
+        title = f"the input stays: recording {recording}, {mode}"
+        yield case(title, quiet, checks=("y", "input_unmodified"))
+    for mode in ("train", "eval"):
+        mixed = Step(shapes, mode=mode, autocast="bfloat16")
+        title = f"the input stays: autocast, {mode}"
+        yield case(title, mixed, checks=("y", "grad_input", "input_unmodified"))
+    everyone = tuple(range(ranks))
+    idle = Step(shapes, backward=False, frozen_input=everyone, frozen_parameters=everyone)
+    yield case("recorded, nothing wants a gradient", idle, Step(shapes), checks=checks)
+    train, evaluate = Step(shapes), Step(shapes, mode="eval")
+    turns = (train, evaluate, train, evaluate)
+    yield case("train and eval in turn", *turns, checks=(*checks, *GRADIENTS))
+    for modes in (("train", "train"), ("train", "eval"), ("eval", "train")):
+        first, then = (Step(shapes, mode=mode) for mode in modes)
+        title = f"the same tensor twice: {', then '.join(modes)}"
+        again = replace(then, again=True)
+        yield case(title, first, again, checks=(*checks, *GRADIENTS, "input_unmodified"))
 
 
 @cases_of("FWD-9")

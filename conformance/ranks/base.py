@@ -6,6 +6,7 @@ of syncbn.conformance.verdict. The abstract methods are all that a framework mus
 
 from __future__ import annotations
 
+import copy
 import errno
 import inspect
 import os
@@ -98,6 +99,10 @@ class Rank(ABC):
     @abstractmethod
     def build(self, arguments: dict[str, Any]) -> Any:
         """The target's layer, on the device."""
+
+    def cast(self, layer: Any, dtype: str) -> Any:
+        """The layer with parameters and running statistics of a dtype, as a user casts it."""
+        raise NotImplementedError  # a framework without it says so in `unsupported`
 
     @abstractmethod
     def load_state(self, layer: Any, state: dict[str, Any]) -> Sequence[str]:
@@ -242,6 +247,8 @@ class Rank(ABC):
             try:
                 if step.reload or step.groups:
                     layer = self._reload(layer, case, state, index)
+                if step.copied:
+                    layer = copy.deepcopy(layer)
                 self._set_attributes(layer, step.attributes)
             except Exception as error:
                 answer["steps"].append({"error": self.describe(error)})
@@ -301,6 +308,8 @@ class Rank(ABC):
         elif not self.rank_ids:
             arguments["process_group"] = self._group(tuple(arguments["process_group"]))
         layer = self.build(arguments)
+        if case.cast is not None:
+            layer = self.cast(layer, case.cast)
         if state is not None:
             names = names_by_role(self.state(layer))
             tensors = {
@@ -317,7 +326,10 @@ class Rank(ABC):
         """Take one step. Adds the arrays that the case checks to `arrays`."""
         step = case.steps[index]
         dtype = step.dtype_of(self.rank)
-        x = self._lay_out(data.shard(case, index, self.rank), dtype, step.layout_of(self.rank))
+        if not step.again:
+            values = data.shard(case, index, self.rank)
+            self._input = self._lay_out(values, dtype, step.layout_of(self.rank))
+        x = self._input
         dy = None
         if step.backward:
             values = data.grad_output(case, index, self.rank)

@@ -140,6 +140,8 @@ class MindSporeRank(Rank):
                 return f"MindSpore {ms.__version__} has no {dtype} on {self.platform}: {reason}"
         if reason := super().unsupported(case):
             return reason
+        if case.cast or any(step.copied for step in case.steps):
+            return "the suite neither copies nor casts layers of MindSpore"
         if case.ddp:
             return "the suite has no data parallelism of MindSpore, which has none on CPU"
         if any(step.lost for step in case.steps):

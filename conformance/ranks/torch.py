@@ -101,6 +101,9 @@ class TorchRank(Rank):
         layer: nn.Module = self.cls(**arguments).to(self.device)
         return layer
 
+    def cast(self, layer: nn.Module, dtype: str) -> nn.Module:
+        return layer.to(getattr(torch, dtype))
+
     def load_state(self, layer: nn.Module, state: dict[str, Tensor]) -> Sequence[str]:
         return layer.load_state_dict(state, strict=False).unexpected_keys
 
