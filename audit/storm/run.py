@@ -95,7 +95,10 @@ class _Run:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
-                status = self._send_faults(controller)
+                try:
+                    status = self._send_faults(controller)
+                finally:
+                    controller.kill()
                 output.seek(0)
                 text = output.read().decode(errors="replace")
             files = [place.name for place in temporary.iterdir()]
@@ -173,9 +176,20 @@ def _children(pid: int) -> list[int]:
     return [int(child) for place in tasks for child in place.read_text().split()]
 
 
+def _keeper(controller: int) -> int:
+    """The parent of the ranks.
+
+    Raises:
+        ProcessLookupError: there is none at the moment.
+    """
+    for pid in _children(controller):
+        if b"syncbn.launchers.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    raise ProcessLookupError
+
+
 def _any_rank(choose: random.Random, controller: int) -> int:
-    (keeper,) = _children(controller)
-    return choose.choice(_children(keeper))
+    return choose.choice(_children(_keeper(controller)))
 
 
 def _kill_a_rank(choose: random.Random, controller: int) -> None:
@@ -190,12 +204,12 @@ def _pause_a_rank(choose: random.Random, controller: int) -> None:
     _pause(_any_rank(choose, controller), 0.7)
 
 
-def _kill_the_parent_of_the_ranks(choose: random.Random, controller: int) -> None:
-    os.kill(choose.choice(_children(controller)), signal.SIGKILL)
+def _kill_the_parent_of_the_ranks(_: random.Random, controller: int) -> None:
+    os.kill(_keeper(controller), signal.SIGKILL)
 
 
-def _pause_the_parent_of_the_ranks(choose: random.Random, controller: int) -> None:
-    _pause(choose.choice(_children(controller)), 2.0)
+def _pause_the_parent_of_the_ranks(_: random.Random, controller: int) -> None:
+    _pause(_keeper(controller), 2.0)
 
 
 def _pause_the_controller(_: random.Random, controller: int) -> None:
@@ -217,8 +231,7 @@ def _kill_the_controller(choose: random.Random, controller: int) -> None:
 
 def _strangers(choose: random.Random, controller: int) -> None:
     """Connect to every port of the run, and send something or nothing."""
-    (keeper,) = _children(controller)
-    for pid in (controller, *_children(keeper)):
+    for pid in (controller, *_children(_keeper(controller))):
         for port in _ports(pid):
             with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
                 connection.sendall(choose.randbytes(choose.choice((0, 1, 100, 10_000))))
