@@ -35,7 +35,8 @@ def stats(x: Tensor) -> tuple[Tensor, Tensor]:
         return _formula_stats(x)
     x = _as_rows(x)
     # The kernel adds up squares, which may overflow float32 where their mean does not.
-    if x.shape[0] < _FEW or x.numel() <= _SMALL:
+    small = x.numel() <= _SMALL and x.dtype != torch.float64  # float64 has no wider dtype
+    if x.shape[0] < _FEW or small:
         return _kernel_stats(x.to(statistics_dtype(x.device)))
     mean, var = _stats_of_columns(x)
     if may_sync_host(x.device) and not var.isfinite().all():
