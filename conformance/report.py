@@ -112,7 +112,8 @@ def _summary(
         return "error"
     if stopped:
         return "incomplete"
-    passed = all(judged == "pass" for judged in required) and not missing
+    # Where no clause could be judged, nothing was shown.
+    passed = bool(required) and all(judged == "pass" for judged in required) and not missing
     return "pass" if passed else "fail"
 
 

@@ -116,7 +116,8 @@ def _check_consistency(report: Report) -> None:
             "summary.verdict: must be 'error' if a case has the verdict 'error', and only then, "
             f"got {summary['verdict']!r}"
         )
-    passes = summary["required"]["pass"] == len(required) and not report["must_pass"]["missing"]
+    passes = 0 < summary["required"]["pass"] == len(required)
+    passes = passes and not report["must_pass"]["missing"]
     if summary["verdict"] == "pass" and not passes:
         raise ReportError(
             "summary.verdict: must be 'fail' unless every required clause passes and no case is "

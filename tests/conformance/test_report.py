@@ -85,3 +85,12 @@ def test_only_documented_clauses_count_if_that_is_the_level() -> None:
 def test_unsupported_cases_are_shown() -> None:
     row = clause(report_of({"FWD-1": "unsupported"}), "FWD-1")
     assert (row["verdict"], row["unsupported"], row["cases"]) == ("pass", 1, 2)
+
+
+def test_a_run_in_which_no_clause_was_judged_does_not_pass() -> None:
+    rows = [row | {"verdict": "unsupported"} for row in report_of({})["cases"]]
+    pool = RankPool(targets.parse("syncbn.torch"), RANKS)
+    found = report.build(
+        pool, rows, profile="smoke", level="decided", seconds=1.0, oracle="none", run=RUN
+    )
+    assert found["summary"]["verdict"] == "fail"
