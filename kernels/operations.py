@@ -198,9 +198,12 @@ def _empty(like: Tensor, *shape: int) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _constant(value: float, channels: int, device: torch.device) -> Tensor:
-    """A vector that is made once, not in every step. It must not be changed."""
+    """A vector that is made once, not in every step. It must not be changed.
+
+    On the host, as `filled` in syncbn.torch.messages, and for the same reason.
+    """
     with torch.inference_mode(False):
-        return torch.full((channels,), value, dtype=torch.float32, device=device)
+        return torch.full((channels,), value, dtype=torch.float32).to(device)
 
 
 def _float32(t: Tensor) -> Tensor:

@@ -33,9 +33,13 @@ def constant(words: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 @functools.lru_cache(maxsize=1024)
 def filled(value: float, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A vector of equal values, made once. It must not be changed."""
+    """The same, of equal values.
+
+    It is made on the host: memory of a CUDA graph that is being captured must not be kept, and a
+    copy makes the capture fail if no step has run before.
+    """
     with torch.inference_mode(False):
-        return torch.full((length,), value, dtype=dtype, device=device)
+        return torch.full((length,), value, dtype=dtype).to(device)
 
 
 def first_words(header: Sequence[float], count: int, ranks: int) -> tuple[float, ...]:

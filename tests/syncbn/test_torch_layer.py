@@ -675,16 +675,16 @@ class TestBackend:
         ("kind", "default"), [("cpu", composed), ("meta", composed), ("cuda", aten), ("npu", aten)]
     )
     def test_defaults(self, monkeypatch: pytest.MonkeyPatch, kind: str, default: Any) -> None:
-        """Without triton-ascend, which the tests may have; test_backends.py has the rule."""
+        """Without Triton, which the tests may have; test_backends.py has the rule."""
         monkeypatch.setattr("syncbn.backends._are_installed", lambda distributions: False)
-        device: Any = SimpleNamespace(type=kind)
-        assert load("auto", device) is default
-        assert load("composed", device) is composed
+        x: Any = SimpleNamespace(device=SimpleNamespace(type=kind), dtype=torch.float32)
+        assert load("auto", x) is default
+        assert load("composed", x) is composed
         monkeypatch.setenv("SYNCBN_BACKEND", "composed")
-        assert load("auto", device) is composed
-        assert load("aten", device) is aten
+        assert load("auto", x) is composed
+        assert load("aten", x) is aten
         monkeypatch.setenv("SYNCBN_BACKEND", "auto")
-        assert load("auto", device) is default
+        assert load("auto", x) is default
 
     @pytest.mark.parametrize("name", ["", "cudnn"])
     def test_unknown_in_the_environment(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
