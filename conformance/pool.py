@@ -151,9 +151,7 @@ class RankPool:
             command = [sys.executable, "-m", "syncbn.conformance.ranks.worker"]
             self._launcher = self._launcher or LAUNCHERS[self.launcher]()
             try:
-                self._job = self._launcher.start(
-                    command, self.ranks, environment, FRAMEWORKS[self.target.framework].preload
-                )
+                self._job = self._launcher.start(command, self.ranks, environment, self._preload())
                 self._channels = self._receive_ranks(reception)
                 loaded = self._all({"do": "load", "target": self.target.document}, _START_SECONDS)
                 self.versions = loaded[0].content["versions"]
@@ -232,6 +230,15 @@ class RankPool:
 
     def _record(self, case: Case, reason: str, began: float) -> None:
         self.restarts.append(Restart(case.id, reason, time.monotonic() - began))
+
+    def _preload(self) -> tuple[str, ...]:
+        """The modules that the ranks may share.
+
+        None if kernels are interpreted: Triton reads that wish when it is imported, which some of
+        these modules do.
+        """
+        interpreted = self.target.rung == "interpreted"
+        return () if interpreted else FRAMEWORKS[self.target.framework].preload
 
     def _receive_ranks(self, reception: Reception) -> list[Channel]:
         """One channel for each rank, in rank order; they may connect in any order."""
