@@ -17,6 +17,7 @@ SCHEMA: dict[str, Any] = json.loads(
 )
 
 
+THRESHOLD = 3  # the largest ratio of a case that passes: syncbn.reference.ratio.THRESHOLD
 _SCHEMA = Schema(SCHEMA)
 
 
@@ -27,8 +28,9 @@ class ReportError(ValueError):
 def validate(report: Report) -> None:
     """Check that a report obeys the schema and does not contradict itself.
 
-    Apart from the schema: a case names a clause of the report, the counts of the summary are those
-    of the clauses and cases, and the verdict is "pass" only if every required clause passes, and
+    Apart from the schema: a case names a clause of the report and is there once, it passes only
+    within the threshold, a clause passes only if its cases do, the counts are those of the clauses
+    and cases, the verdict is "pass" only if every required clause passes and there is one, and
     "error" only if a case is.
 
     Raises:
@@ -99,6 +101,7 @@ def _check_consistency(report: Report) -> None:
             raise ReportError(
                 f"cases[{index}].clause: must be a clause of the report, got {case['clause']!r}"
             )
+    _check_cases(clauses, cases)
     required = [clause for clause in clauses if clause["required"]]
     for name, rows in (("required", required), ("cases", cases)):
         counted = Counter(row["verdict"] for row in rows)
@@ -123,3 +126,31 @@ def _check_consistency(report: Report) -> None:
             "summary.verdict: must be 'fail' unless every required clause passes and no case is "
             "missing, got 'pass'"
         )
+
+
+def _check_cases(clauses: list[Any], cases: list[Any]) -> None:
+    """The rows of clauses and cases do not contradict each other."""
+    ran = Counter(case["id"] for case in cases)
+    by_clause: dict[str, Counter[str]] = {clause["id"]: Counter() for clause in clauses}
+    for index, case in enumerate(cases):
+        if ran[case["id"]] > 1:
+            raise ReportError(f"cases[{index}].id: must be there once, got {case['id']!r} again")
+        ratio = float(case["ratio"] or 0.0)
+        if case["verdict"] == "pass" and ratio > THRESHOLD:
+            raise ReportError(
+                f"cases[{index}].verdict: must not be 'pass' with a ratio of {ratio:g}, above "
+                f"{THRESHOLD}"
+            )
+        by_clause[case["clause"]][case["verdict"]] += 1
+    for index, clause in enumerate(clauses):
+        counts = by_clause[clause["id"]]
+        if clause["cases"] != counts.total():
+            raise ReportError(
+                f"clauses[{index}].cases: must be the count {counts.total()}, got {clause['cases']}"
+            )
+        bad = [name for name in ("fail", "hang", "crash", "error") if counts[name]]
+        if clause["verdict"] == "pass" and (bad or not counts["pass"]):
+            found = bad[0] if bad else "none that passed"
+            raise ReportError(
+                f"clauses[{index}].verdict: must not be 'pass', its cases have {found}"
+            )

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from syncbn import reports
-from syncbn.reports import ReportError
+from syncbn.reference import ratio
+from syncbn.reports import ReportError, document
 from syncbn.reports.schema import Schema, _Validator
 from syncbn.reports.text import code, markdown, printable
-from tests.reports.test_reports import case, failing, passing
+from tests.reports.test_reports import case, clause, failing, passing, report_of
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b1m\u202eevil\u2028\r`<script>|x|[a](b)"
 
@@ -89,12 +90,9 @@ def test_the_fast_answer_is_that_of_jsonschema(data: st.DataObject) -> None:
 
 def test_a_report_of_many_cases_is_read(tmp_path: Path) -> None:
     """jsonschema alone would need minutes."""
-    report = passing()
-    name, count = report["clauses"][0]["id"], 100_000
-    report["cases"] = [case(number, name) for number in range(count)]
-    report["summary"]["cases"] = dict.fromkeys(report["summary"]["cases"], 0) | {"pass": count}
-    for clause in report["clauses"]:
-        clause["cases"] = count if clause["id"] == name else 0
+    count = 100_000
+    cases = [case(number, "FWD-1") for number in range(count)]
+    report = report_of([clause("FWD-1", cases=count)], cases)
     path = tmp_path / "report.json"
     path.write_text(json.dumps(report))
     text = io.StringIO()
@@ -116,8 +114,49 @@ def test_deep_documents_are_refused(tmp_path: Path, levels: int) -> None:
     [
         ({"ranks": 10**4000}, "ranks: .*greater than the maximum"),
         ({"seconds": 1e308}, "seconds: .*greater than the maximum"),
+        ({"clauses": [], "cases": []}, "summary.required.pass: must be the count 0"),
     ],
 )
 def test_numbers_have_limits(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ReportError, match=message):
         reports.validate(passing() | change)
+
+
+def forged(change: Any) -> str:
+    """Why a report is refused after a change by hand."""
+    report = failing()
+    change(report)
+    with pytest.raises(ReportError) as refused:
+        reports.validate(report)
+    return str(refused.value)
+
+
+def test_forgeries_contradict_themselves() -> None:
+    def passes(report: Any) -> None:
+        for one in report["cases"]:
+            one["verdict"] = "pass"
+
+    def twice(report: Any) -> None:
+        report["cases"].append(report["cases"][0])
+
+    def clause_passes(report: Any) -> None:
+        report["clauses"][3]["verdict"] = "pass"
+
+    def fewer(report: Any) -> None:
+        del report["cases"][3]
+
+    def nothing(report: Any) -> None:
+        report["clauses"], report["cases"] = [], []
+        for name in ("required", "cases"):
+            report["summary"][name] = dict.fromkeys(report["summary"][name], 0)
+        report["summary"]["verdict"] = "pass"
+
+    assert "with a ratio of 812.4, above 3" in forged(passes)
+    assert "must be there once" in forged(twice)
+    assert "its cases have fail" in forged(clause_passes)
+    assert "must be the count 5, got 6" in forged(fewer)
+    assert "summary.verdict: must be 'fail'" in forged(nothing)
+
+
+def test_the_threshold_is_that_of_the_verdicts() -> None:
+    assert document.THRESHOLD == ratio.THRESHOLD
