@@ -139,6 +139,7 @@ def test_it_holds_the_shipped_packages_and_their_data(wheel: Path) -> None:
     modules = [path for name, path in MODULES.items() if name.split(".")[0] not in UNSHIPPED]
     data = [ROOT / "syncbn" / "py.typed", *ROOT.glob("conformance/profiles/*.txt")]
     data += [*ROOT.glob("conformance/regressions/*.json"), *ROOT.glob("reports/schema/*.json")]
+    data += ROOT.glob("conformance/schema/*.json")
     expected = {str(path.relative_to(ROOT)) for path in [*modules, *data]}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {name if name.startswith("syncbn/") else f"syncbn/{name}" for name in expected}
