@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.command_line = arguments
     # These unwind like Ctrl-C, so that a run which is ended leaves no rank behind.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
     try:
         status: int = options.command(options)
         with _whatever_the_reader_does():

@@ -198,3 +198,12 @@ def test_what_cannot_be_selected(selection: Selection, text: str) -> None:
 def test_a_case_of_another_profile_can_be_selected() -> None:
     last = catalogue(2, "full")[-1]
     assert Selection(cases=(last.id,)).of(2, "smoke") == [last]
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["targets"]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
