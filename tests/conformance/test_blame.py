@@ -168,7 +168,7 @@ def test_a_run_with_an_error_has_its_own_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "syncbn.conformance.__main__.catalogue", lambda *_: [case(3), poisoned_outside()]
+        "syncbn.conformance.selection.catalogue", lambda *_: [case(3), poisoned_outside()]
     )
     arguments = ["run", "--ranks", "2", "--oracle", "none", "--out", str(tmp_path)]
     assert main([*arguments, "--target", UNRULY]) == 3
