@@ -6,11 +6,13 @@ the two words of the count, and the settings of the layer. A rank that fails bef
 joins it with the mark FAIL, so that every rank raises and none waits. The texts of the errors are
 sent by a second all_gather, which only a failing step pays.
 
-A word is a number that float32 holds exactly, or rounds alike on every rank.
+A word is a number that float32 holds exactly, whatever the dtype of the message: a backend may pass
+it through float32, and an empty rank does not use its backend.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,13 +70,17 @@ def header(mark: int, count: int, settings: Settings, backends: Sequence[str]) -
         mark,
         *divmod(count, COUNT_WORD),
         settings.num_features,
-        settings.eps,
-        _NONE if settings.momentum is None else settings.momentum,
+        _in_float32(settings.eps),
+        _NONE if settings.momentum is None else _in_float32(settings.momentum),
         _NONE if settings.dtype is None else FLOATING.index(settings.dtype),
         settings.affine,
         settings.track_running_stats,
         backends.index(settings.backend),
     ]
+
+
+def _in_float32(value: float) -> float:
+    return ctypes.c_float(value).value
 
 
 def verdict(marks: Sequence[float], ranks: Sequence[int]) -> Verdict:

@@ -106,3 +106,11 @@ class TestDisagreement:
     def test_a_count_is_no_setting(self) -> None:
         headers = [protocol.header(mark, mark, SETTINGS, BACKENDS) for mark in range(3)]
         assert protocol.disagreement(headers, (0, 1, 2), BACKENDS) is None
+
+
+def test_a_header_stays_the_same_in_float32() -> None:
+    """A rank whose backend sends float32 agrees with one that sends float64."""
+    settings = protocol.Settings(3, 1e-5, 0.1, "float32", True, True, "composed")
+    words = protocol.header(protocol.BACKWARD, 2**21 + 1, settings, ["composed"])
+    assert [float(np.float32(word)) for word in words] == words
+    assert protocol.header(0, 1, settings._replace(eps=1e300), ["composed"])[4] == float("inf")
