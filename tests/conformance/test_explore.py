@@ -63,7 +63,7 @@ def test_what_is_drawn_has_a_reference(ranks: int) -> None:
 
 
 def test_what_is_drawn_has_a_bit_of_everything() -> None:
-    content = Counter(pair for case in drawn(4, 20) for pair in explore._content(case))
+    content = Counter(pair for case in drawn(4, 30) for pair in explore._content(case))
     steps = {"backward", "frozen_input", "frozen_parameters", "present", "recompute", "repeat"}
     steps |= {
         "attributes",
