@@ -91,9 +91,9 @@ class MsrunJob:
                 os.kill(pid, signal.SIGUSR1)
 
     def ended(self) -> dict[int, str]:
+        self._shorten_logs()
         if self._msrun.poll() is None:  # some may not have started yet
             return {}
-        self._shorten_logs()
         workers = self._workers()
         ended = [rank for rank in range(self._ranks) if rank not in workers]
         return dict.fromkeys(ended, "how is not known: msrun ends before its ranks")
