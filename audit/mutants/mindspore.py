@@ -127,7 +127,8 @@ class _Gradients(nn.Cell):
         dx, *gradients = layer.plain.backward(saved, layer.to_array(dy), wants_input=True)
         return (
             None if dx is None else _tensor(dx, x, layer.plain),
-            *(Tensor(gradient, weight.dtype) for gradient in gradients),
+            # Without parameters there are none, but every result needs a shape.
+            *(Tensor(0.0 if g is None else g, weight.dtype) for g in gradients),
         )
 
     def bprop(
