@@ -56,9 +56,14 @@ class Place:
             raise self._unusable(error.strerror) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that has just ended may have removed the file since it was opened.
+            held = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self._lock.name))
         except OSError:
+            held = False
+        if not held:
             self._lock.close()
-            raise PlaceError(f"another run writes its report to {self.folder}") from None
+            self._lock = None
+            raise PlaceError(f"another run writes its report to {self.folder}")
         return self
 
     def __exit__(
@@ -72,6 +77,7 @@ class Place:
             if not self.rows:  # nothing to take up
                 (self.folder / JOURNAL).unlink(missing_ok=True)
         if self._lock is not None:
+            Path(self._lock.name).unlink(missing_ok=True)
             self._lock.close()
 
     def set_aside(self) -> None:

@@ -56,7 +56,7 @@ class Target:
     float64: bool = True
     collectives: str | None = None
     share_device: bool = False
-    layer_args: dict[str, Any] = field(default_factory=dict)
+    layer_args: dict[str, Any] = field(default_factory=dict, hash=False)
     setup: str | None = None
     framework_file: str | None = None
 

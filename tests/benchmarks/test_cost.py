@@ -167,6 +167,7 @@ for backend in ("", "aten", "composed"):
     torch.testing.assert_close(y.held, expected[:3])
     torch.testing.assert_close(leaf.grad.held, whole.grad[:3])
     torch.testing.assert_close(layer.running_var.held, plain.running_var)
+torch.distributed.destroy_process_group()
 """
     python("-c", script)
 

@@ -227,7 +227,7 @@ COMPARATORS = {
     "every verdict is pass": Sabotage(
         f"{_VERDICT}:judge",
         then(lambda found: replace(found, verdict="pass")),
-        (_DEPARTURES, "conformance/test_verdict.py::test_crash_and_hang_come_before_anything_else"),
+        (_DEPARTURES, "conformance/test_verdict.py::test_crash_and_hang_come_before_every_answer"),
     ),
     "a clause has its best verdict": Sabotage(
         f"{_VERDICT}:worst_of",
