@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from audit.ladder import toolchain
-from benchmarks.device import Cost, Counting, join_world
+from benchmarks.device import Cost, Counting, join_world, leave
 from syncbn.torch import SyncBatchNorm
 
 SHAPE = (16, 64, 56, 56)  # of ResNet-50, 16 images per rank
@@ -175,6 +175,7 @@ def main() -> None:
     print_table(records, SHAPE)
     write(args.out, records)
     print(f"written to {args.out}")
+    leave()
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> None:

@@ -19,11 +19,13 @@ The values are real: those of a world whose ranks all have the same data.
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -218,6 +220,17 @@ def join_world(ranks: int) -> None:
 
     _prepare()
     dist.init_process_group("fake", rank=0, world_size=ranks, store=HashStore())
+
+
+def leave() -> NoReturn:
+    """End this process, without the end of the interpreter.
+
+    A thread of autograd for a device that is not there may still hold Python objects. Python before
+    3.12 aborts the process if the thread gives them up while the interpreter ends.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def costs() -> dict[str, Any]:
     """What each code costs, with a 4 x 8 float32 tensor `x` of the device (128 bytes)."""
     script = f"""
 import json, torch, torch.distributed as dist, warnings
-from benchmarks.device import Counting, join_world
+from benchmarks.device import Counting, join_world, leave
 join_world(2)
 warnings.simplefilter("ignore")
 twice = torch.library.custom_op(
@@ -75,6 +75,7 @@ for code in {[*OPERATIONS, *WAITS, *COLLECTIVES, LIBRARY]!r}:
         exec(code)
         costs[code] = counting.reset().__dict__
 print(json.dumps(costs))
+leave()
 """
     result: dict[str, Any] = json.loads(python("-c", script).splitlines()[-1])
     return result
@@ -150,7 +151,7 @@ def test_a_counted_step_has_the_values_of_one_over_two_equal_ranks(device: str) 
     script = f"""
 import torch
 from benchmarks.cost import Subject
-from benchmarks.device import Counting, join_world
+from benchmarks.device import Counting, join_world, leave
 join_world(2)
 x, dy = torch.randn(2, 3, 8, 5, 5).unbind(0)
 plain, whole = torch.nn.BatchNorm2d(8), torch.cat([x, x]).requires_grad_()
@@ -167,7 +168,7 @@ for backend in ("", "aten", "composed"):
     torch.testing.assert_close(y.held, expected[:3])
     torch.testing.assert_close(leaf.grad.held, whole.grad[:3])
     torch.testing.assert_close(layer.running_var.held, plain.running_var)
-torch.distributed.destroy_process_group()
+leave()
 """
     python("-c", script)
 
