@@ -39,6 +39,7 @@ k = s^2 X / n, and A = mean|x|:
              + |dx| (ds + 3u)                                                               (d)
          |dx| (ds + 2u) in eval, where dx = g s dy
     r    (1 - f) dr + f db + 2u (|(1 - f) r| + |f b|)        running statistic, f = momentum
+         where b is m with db = dm, or v n / (n - 1) with db = dv n / (n - 1) + 2u b
 
 Where v is far below its own error, ds is not small: hence 1 + ds, which a first-order bound would
 leave out. With eps = 0 the bound may be infinite: then the reference defines no result.
