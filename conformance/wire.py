@@ -4,8 +4,8 @@ A message is one JSON object and named arrays. Its bytes are the lengths of the 
 little endian) and of the arrays (8 bytes), the header (JSON: the object, and the name, dtype and
 shape of each array), and the arrays.
 
-A layer shares its process with the rank, so whatever it writes may arrive. What is no message, or
-is longer than a message may be, is a WireError.
+A layer shares its process with the rank and can write to the connection, so any bytes may arrive.
+Bytes that are no message, or that are longer than a message may be, are a WireError.
 """
 
 from __future__ import annotations

@@ -1178,7 +1178,7 @@ class CountsSinceConstruction(Fault):
 
 
 class RemembersItsOutput(Fault):
-    """The output of a tensor that came before is that of then, whatever the layer does now.
+    """A tensor that came before gets the output that it had then, not that of this step.
 
     Source: derived from docs/contract.md.
     """

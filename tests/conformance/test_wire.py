@@ -221,7 +221,7 @@ def test_garbage_from_a_rank_costs_one_case(channels: int, text: str) -> None:
 
 @pytest.mark.parametrize("framework", ["torch", "mindspore"])
 def test_ranks_listen_on_loop_back_only(framework: str) -> None:
-    pytest.importorskip(framework)
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
     with RankPool(targets.parse(f"syncbn.{framework}"), 2) as pool:
         assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
         addresses = [address for pid in descendants(os.getpid()) for address in listening(pid)]
