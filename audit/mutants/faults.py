@@ -356,8 +356,11 @@ class AddsInAnyOrder(Fault):
 
     dies_in = ("FWD-6",)
 
-    def stats(self, x: Array) -> tuple[Array, Array]:
-        return super().stats(np.random.default_rng().permutation(rows(x)[np.newaxis], 2))
+    def sum(self, values: Array) -> Array:
+        # One value after the other, because sums in pairs often round to the same result.
+        order = np.random.default_rng().permutation(values.shape[1])
+        added: Array = np.add.accumulate(values[:, order], axis=1)
+        return added[:, -1] if order.size else super().sum(values)
 
 
 # --- normalization ------------------------------------------------------------------------------
