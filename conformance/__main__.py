@@ -40,7 +40,7 @@ from syncbn.conformance.place import Place
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.selection import Selection
 from syncbn.launchers import LAUNCHERS
-from syncbn.reports.commands import add_commands
+from syncbn.reports.commands import add_commands, new_file
 from syncbn.reports.console import PatientConsole
 from syncbn.reports.schema import parse
 from syncbn.reports.text import one_line, printable
@@ -96,6 +96,8 @@ def _run(options: argparse.Namespace) -> int:
             place.set_aside()
         document = _run_in(place, options)
         path = place.finish(document)
+    if options.junit:
+        reports.write(options.junit, reports.junit(document), "JUnit XML")
     with _whatever_the_reader_does():
         reports.summarize(document, _output())
         print(f"report: {path}", flush=True)
@@ -342,6 +344,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--out", type=Path, help="the directory of report.json (default reports/out/TARGET)"
+    )
+    run.add_argument(
+        "--junit", type=new_file, metavar="FILE", help="also write the report as JUnit XML"
     )
     run.add_argument(
         "--resume",

@@ -16,8 +16,21 @@ from syncbn.extras import require
 
 require("syncbn.reports", "conformance", "rich", "jsonschema")
 
-from syncbn.reports.document import SCHEMA, Report, ReportError, load, save, validate
+from syncbn.reports.document import SCHEMA, Report, load, save, validate
+from syncbn.reports.files import ReportError, write
 from syncbn.reports.findings import findings
+from syncbn.reports.junit import junit
 from syncbn.reports.table import summarize
 
-__all__ = ["SCHEMA", "Report", "ReportError", "findings", "load", "save", "summarize", "validate"]
+__all__ = [
+    "SCHEMA",
+    "Report",
+    "ReportError",
+    "findings",
+    "junit",
+    "load",
+    "save",
+    "summarize",
+    "validate",
+    "write",
+]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from syncbn.reports.console import PatientConsole
 from syncbn.reports.document import Report, load
+from syncbn.reports.files import write
 from syncbn.reports.findings import findings
 from syncbn.reports.table import summarize
 
@@ -33,7 +34,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     text = "Write what runs of one target found, clause by clause, as a Markdown page."
     page = commands.add_parser("findings", help="write a Markdown page", description=text)
     page.add_argument("files", metavar="FILE", type=Path, nargs="+", help=place)
-    page.add_argument("--out", type=Path, help="the file to write (default: standard output)")
+    page.add_argument("--out", type=new_file, help="the file to write (default: standard output)")
     page.set_defaults(command=_findings)
 
 
@@ -48,8 +49,16 @@ def _findings(options: argparse.Namespace) -> int:
     if options.out is None:
         print(text, end="")
     else:
-        options.out.write_text(text)
+        write(options.out, text, "findings")
     return 0
+
+
+def new_file(text: str) -> Path:
+    """The path of a file to write, so that a wrong one ends a command before it works."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a directory that exists, got {text!r}")
+    return path
 
 
 def _load(path: Path) -> Report:

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from syncbn.reports.files import ReportError, write
 from syncbn.reports.schema import Schema, parse, shorten
 
 Report: TypeAlias = dict[str, Any]
@@ -19,10 +20,6 @@ SCHEMA: dict[str, Any] = json.loads(
 
 THRESHOLD = 3  # the largest ratio of a case that passes: syncbn.reference.ratio.THRESHOLD
 _SCHEMA = Schema(SCHEMA)
-
-
-class ReportError(ValueError):
-    """A report that cannot be read or written, or is not valid. The message is one line."""
 
 
 def validate(report: Report) -> None:
@@ -56,21 +53,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
             "cannot write report to report.json: No space left on device".
     """
     validate(report)
-    path = Path(path)
-    # Not tempfile: only the owner can read its files, but a CI artifact must be readable for all.
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(report, file, indent=1, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ReportError(f"cannot write report to {path}: {error.strerror or error}") from error
+    write(path, json.dumps(report, indent=1, allow_nan=False) + "\n", "report")
 
 
 def load(path: str | os.PathLike[str]) -> Report:

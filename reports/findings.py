@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from syncbn.reports.document import Report, ReportError
+from syncbn.reports.document import Report
+from syncbn.reports.files import ReportError
 from syncbn.reports.table import replay_command
 from syncbn.reports.text import code, markdown, one_line, shown
 

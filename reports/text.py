@@ -8,10 +8,11 @@ from typing import Any
 from syncbn.reports.document import Report
 
 # Control characters except tab and line feed, what changes the direction of text or hides in it,
-# the line separators of Unicode, and halves of surrogate pairs, which no encoding can write.
+# the line separators of Unicode, halves of surrogate pairs, which no encoding can write, and the
+# two characters that XML has not.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
+    "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]"
 )
 _MARKDOWN = re.compile(r"[\\`*_{}<>\[\]()#+!|~&$-]")
 
