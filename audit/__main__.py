@@ -12,6 +12,8 @@ from rich.console import Console
 
 from audit import ladder, versions
 from audit.failures import known, page
+from audit.fuzz import READERS
+from audit.fuzz import run as fuzz
 from audit.mutants import run as mutants
 from audit.mutants.results import FRAMEWORKS
 from audit.mutate import run as mutate
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _study_options(add("study", _study, "Calibrate the bound on sound and unsound layers."))
     _versions_options(add("versions", _versions, "Judge the oldest and the newest torch."))
     _storm_options(add("storm", _storm, "Run the suite under random faults."))
+    _fuzz_options(add("fuzz", _fuzz, "Give random bytes to what reads files and connections."))
     _kernels_steps(
         commands.add_parser("kernels", help="Prove the Triton kernels without a device.")
     )
@@ -167,6 +170,25 @@ def _storm(options: argparse.Namespace) -> int:
         ranks=options.ranks,
         profile=options.profile,
         rate=options.rate,
+        console=_console(),
+    )
+
+
+def _fuzz_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reader", nargs="*", choices=(*READERS, []), help="default all")
+    parser.add_argument(
+        "--seconds", type=_positive, default=600, help="for each reader (default 600)"
+    )
+    parser.add_argument("--seed", type=_positive, default=1, help="of the fuzzer (default 1)")
+    parser.add_argument("--out", type=Path, default=_OUT / "fuzz", help="for an input that fails")
+
+
+def _fuzz(options: argparse.Namespace) -> int:
+    return fuzz.main(
+        readers=options.reader or READERS,
+        seconds=options.seconds,
+        seed=options.seed,
+        out=options.out,
         console=_console(),
     )
 

@@ -76,6 +76,7 @@ def load(document: Any) -> Case:
         _check_shapes(case, step, where)
         _check_second(case, step, where)
         _check_again(case, index, where)
+        _check_batch(case, index, where)
         if step.recording not in RECORDING:
             known = ", ".join(RECORDING)
             raise CaseError(f"{where}.recording must be one of {known}, got {step.recording!r}")
@@ -186,6 +187,22 @@ def _check_shapes(case: Case, step: Step, where: str) -> None:
         inside = rank < case.ranks and len(place) == len(step.shapes[rank])
         if not inside or any(i >= n for i, n in zip(place, step.shapes[rank], strict=True)):
             raise CaseError(f"{where}.x.poison must be at a place of the input, got {list(at)}")
+
+
+def _check_batch(case: Case, index: int, where: str) -> None:
+    """One value per channel in a training group has no variance: an error must be expected."""
+    step = case.steps[index]
+    for group in case.groups_at(index) or (range(case.ranks),):
+        ranks = [rank for rank in group if step.takes_part(rank)]
+        fails = bool(ranks) and case.fails(index, ranks[0])
+        if step.mode == "eval" or (fails and step.error and not step.error.in_backward):
+            continue
+        shapes = [step.shapes[rank] for rank in ranks]
+        if sum(math.prod(shape[:1] + shape[2:]) for shape in shapes) == 1:
+            raise CaseError(
+                f"{where}.shapes must not hold one value per channel of a group in training unless "
+                f"an error is expected, got {[list(shape) for shape in shapes]}"
+            )
 
 
 def _check_again(case: Case, index: int, where: str) -> None:

@@ -71,6 +71,8 @@ def test_what_is_no_case(fields: dict[str, Any], text: str) -> None:
         ({"shapes": [[3, 3], ["2", 3]]}, "'2' is not of type 'integer'"),
         ({"shapes": [[3, 3], [2**31 - 1, 3, 2**31 - 1]]}, "must hold at most"),
         ({"shapes": [[3, 3], [3]]}, "unless an error is expected"),
+        ({"shapes": [[1, 3], [0, 3]]}, "must not hold one value per channel of a group"),
+        ({"shapes": [[1, 3], [2, 3]], "present": [0]}, "must not hold one value per channel"),
         ({"shapes": [[3, 3]] * 2, "recording": "off"}, "recording .* got 'off'"),
         ({"recording": "no_grad"}, "backward must be false"),
         ({"repeat": 0}, "repeat: 0 is less"),
