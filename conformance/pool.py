@@ -1,6 +1,6 @@
 """A pool of rank processes that outlive their cases, driven by one controller.
 
-Ranks connect to the controller over loop-back (syncbn.conformance.handshake). Every message carries
+Ranks connect to the controller over loop-back (syncbn.launchers.handshake). Every message carries
 an epoch; an answer to an older epoch is dropped. A rank that dies, that sends what is no message,
 that exceeds the deadline, or that does not answer after a peer failed costs one case: the
 controller dumps the stacks, kills all ranks, and starts new ones for the next case. If every rank
@@ -25,10 +25,11 @@ import syncbn
 from syncbn.conformance.activity import Activity
 from syncbn.conformance.case import Case
 from syncbn.conformance.frameworks import FRAMEWORKS
-from syncbn.conformance.handshake import Reception
 from syncbn.conformance.targets import Target, TargetError
-from syncbn.conformance.wire import Channel, Message, WireError
+from syncbn.conformance.wire import Channel, Message
 from syncbn.launchers import LAUNCHERS, Job, Launcher
+from syncbn.launchers.handshake import Reception
+from syncbn.launchers.link import WireError
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _JOIN_SECONDS = 20.0  # in which ranks that have all loaded form a new world
@@ -248,12 +249,12 @@ class RankPool:
             if lost := sorted(missing & set(self._job.ended())):
                 raise StartError(self._lost(lost, "died at its start"))
 
-        channels = reception.gather(_START_SECONDS, look)
-        if missing := sorted(set(range(self.ranks)) - set(channels)):
-            for channel in channels.values():
-                channel.close()
+        links = reception.gather(_START_SECONDS, look)
+        if missing := sorted(set(range(self.ranks)) - set(links)):
+            for link in links.values():
+                link.close()
             raise StartError(self._lost(missing, "did not start"))
-        return [channels[rank] for rank in range(self.ranks)]
+        return [Channel(links[rank]) for rank in range(self.ranks)]
 
     def _join(self, deadline: float) -> None:
         """Let the ranks form a new world."""

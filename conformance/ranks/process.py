@@ -92,7 +92,7 @@ class Suite:
 def _names_of_suite() -> Iterator[tuple[str, Mapping[str, Any], str, Any]]:
     """Module or class, its names, and each name with its value."""
     for module_name, module in list(sys.modules.items()):
-        if not module_name.startswith(("syncbn.conformance", "syncbn.reference")):
+        if not module_name.startswith(_OF_SUITE):
             continue
         for name, value in list(vars(module).items()):
             yield module_name, vars(module), name, value
@@ -102,6 +102,7 @@ def _names_of_suite() -> Iterator[tuple[str, Mapping[str, Any], str, Any]]:
                         yield f"{module_name}.{name}", vars(value), attribute, of_class
 
 
+_OF_SUITE = ("syncbn.conformance", "syncbn.launchers", "syncbn.reference")
 _OWN_OF_CLASSES = ("__doc__", "__dict__", "__weakref__", "_abc_impl")
 
 

@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 from syncbn.conformance import frameworks
 from syncbn.conformance.case import of_document
-from syncbn.conformance.handshake import connect
 from syncbn.conformance.ranks.base import MachineError, Rank
 from syncbn.conformance.wire import Channel, Message
 from syncbn.extras import require
+from syncbn.launchers.handshake import connect
+from syncbn.launchers.link import WireError
 
 
 def serve(channel: Channel, rank: int, ranks: int, local_rank: int) -> None:
@@ -67,7 +68,7 @@ def serve(channel: Channel, rank: int, ranks: int, local_rank: int) -> None:
 
 def _listen(channel: Channel, jobs: queue.SimpleQueue[Message]) -> None:
     """Queue the messages of the controller. When it is gone, end this process at once."""
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError, WireError):
         while True:
             jobs.put(channel.receive())
     os._exit(0)
@@ -102,8 +103,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     key = bytes.fromhex(os.environ.pop("SYNCBN_KEY"))  # not for the processes that a layer starts
-    channel = connect(os.environ["SYNCBN_CONTROLLER"], key, rank)
-    serve(channel, rank, ranks, int(os.environ["LOCAL_RANK"]))
+    link = connect(os.environ["SYNCBN_CONTROLLER"], key, rank)
+    serve(Channel(link), rank, ranks, int(os.environ["LOCAL_RANK"]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from syncbn.conformance import handshake, runner, targets, wire
+from syncbn.conformance import runner, targets, wire
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.handshake import HandshakeError, Reception
 from syncbn.conformance.pool import RankPool
-from syncbn.conformance.wire import Channel, Decoder, Message, WireError
+from syncbn.conformance.wire import Message
+from syncbn.launchers import handshake
+from syncbn.launchers.handshake import HandshakeError, Reception
+from syncbn.launchers.link import Link, Opener, Seal, WireError
 
 UNRULY = "torch:tests/conformance/unruly.py:Unruly"
 KEY = b"k" * 32
-LENGTHS = struct.Struct("<IQ")
 ARRAYS: dict[str, npt.NDArray[Any]] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "none": np.zeros((0, 4), np.int64),
@@ -48,80 +50,137 @@ def same(one: Message, other: Message) -> bool:
     return bool(parts(one) == parts(other))
 
 
-def framed(header: bytes, data: bytes = b"") -> bytes:
-    return LENGTHS.pack(len(header), len(data)) + header + data
+def sealed(messages: list[bytes], key: bytes = KEY) -> list[bytes]:
+    """What a link sends: each message with its length and its proof."""
+    seal = Seal(key)
+    lengths = [struct.pack("<Q", len(message)) for message in messages]
+    pairs = zip(lengths, messages, strict=True)
+    return [length + message + seal.next(length, message) for length, message in pairs]
+
+
+def opened(sent: bytes, key: bytes = KEY) -> list[bytes]:
+    opener = Opener(Seal(key))
+    opener.feed(sent)
+    return list(iter(opener.next, None))
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20))
 def test_messages_arrive_in_pieces_of_any_size(sizes: list[int]) -> None:
     sent = [Message({"n": n, "text": "\ud800\0"}, ARRAYS) for n in range(3)]
-    rest = b"".join(wire.encode(*message) for message in sent)
-    decoder, found, turn = Decoder(), [], 0
+    rest = b"".join(sealed([wire.encode(*message) for message in sent]))
+    opener, found, turn = Opener(Seal(KEY)), [], 0
     while rest:
         size, turn = sizes[turn % len(sizes)], turn + 1
-        decoder.feed(rest[:size])
+        opener.feed(rest[:size])
         rest = rest[size:]
-        while (message := decoder.next()) is not None:
-            found.append(message)
+        while (message := opener.next()) is not None:
+            found.append(wire.decode(message))
     assert all(map(same, found, sent))
     assert len(found) == 3
 
 
+def change(parts: list[bytes]) -> list[bytes]:
+    return [parts[0], parts[1].replace(b"pay 10", b"pay 99"), parts[2]]
+
+
 @pytest.mark.parametrize(
-    "frame",
+    "tamper",
     [
-        LENGTHS.pack(2**32 - 1, 0),
-        LENGTHS.pack(2, 2**64 - 1),
-        framed(b""),
-        framed(b"\xff\xfe"),
-        framed(b"[]"),
-        framed(b"null"),
-        framed(b"[" * 100_000),
-        framed(b'{"content": 1, "arrays": []}'),
-        framed(b'{"content": {}}'),
-        framed(b'{"content": {}, "arrays": 3}'),
-        framed(b'{"content": {}, "arrays": [["a", "float32", [2]]]}', b"\0" * 7),
-        framed(b'{"content": {}, "arrays": [["a", "float32", [2]]]}', b"\0" * 9),
-        framed(b'{"content": {}, "arrays": [["a", "float32", [-2]]]}', b"\0" * 8),
-        framed(b'{"content": {}, "arrays": [["a", "float32", [99999999, 99999999]]]}'),
-        framed(b'{"content": {}, "arrays": [["a", "float32", [0, 99999999999]]]}'),
-        framed(b'{"content": {}, "arrays": [["a", "float32", [true]]]}', b"\0" * 4),
-        framed(b'{"content": {}, "arrays": [["a", "object", [1]]]}', b"\0" * 8),
-        framed(b'{"content": {}, "arrays": [["a", [], [1]]]}', b"\0" * 8),
-        framed(b'{"content": {}, "arrays": [[[], "bool", [1]]]}', b"\0"),
-        framed(json.dumps({"content": {}, "arrays": [["a", "bool", [1] * 64]]}).encode(), b"\0"),
-        framed(json.dumps({"content": {}, "arrays": [["a", "bool", [0]]] * 10_001}).encode()),
-        framed(b'{"content": {"epoch": ' + b"9" * 5000 + b'}, "arrays": []}'),
+        pytest.param(change, id="changed"),
+        pytest.param(lambda parts: [parts[0], parts[0]], id="repeated"),
+        pytest.param(lambda parts: [parts[1], parts[0], parts[2]], id="in another order"),
+        pytest.param(lambda parts: [parts[0], parts[2]], id="left out"),
+        pytest.param(lambda parts: [parts[0], parts[1][:-1] + b"?"], id="another proof"),
+        pytest.param(lambda parts: [parts[0], b"\x01" + bytes(7) + parts[1][8:]], id="shortened"),
+        pytest.param(lambda _: sealed([b"pay 10"], b"w" * 32), id="of another key"),
     ],
 )
-def test_what_is_no_message_is_refused(frame: bytes) -> None:
-    decoder = Decoder()
-    decoder.feed(frame)
+def test_what_was_tampered_with_is_refused(
+    tamper: Callable[[list[bytes]], list[bytes]],
+) -> None:
+    sent = sealed([b"first", b"pay 10", b"last"])
+    assert opened(b"".join(sent)) == [b"first", b"pay 10", b"last"]
+    with pytest.raises(WireError, match="its proof is wrong"):
+        opened(b"".join(tamper(sent)))
+
+
+def test_a_length_beyond_the_limit_is_refused_before_the_bytes_arrive() -> None:
+    with pytest.raises(WireError, match=r"at most 536870912 bytes, got 536870913"):
+        opened(struct.pack("<Q", (512 << 20) + 1))
+
+
+def test_a_message_belongs_to_one_direction_of_one_connection() -> None:
+    with Reception(2, KEY) as reception, ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(handshake.connect, reception.address, KEY, rank) for rank in (0, 1)]
+        links = reception.gather(30.0, lambda _: None)
+        ranks = [call.result() for call in calls]
+    links[0].send(b"to rank 0")
+    frame = os.read(ranks[0].fileno(), 1000)
+    os.write(ranks[0].fileno(), frame)  # back to its sender
+    os.write(links[1].fileno(), frame)  # to another rank
+    for refuses in (links[0], ranks[1]):
+        with pytest.raises(WireError, match="its proof is wrong"):
+            refuses.receive()
+    os.write(links[0].fileno(), frame)  # where it belongs
+    assert ranks[0].receive() == b"to rank 0"
+    for link in (*links.values(), *ranks):
+        link.close()
+
+
+def header(content: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<I", len(content)) + content + data
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        struct.pack("<I", 2**32 - 1),
+        struct.pack("<I", 3) + b"{}",
+        header(b""),
+        header(b"\xff\xfe"),
+        header(b"[]"),
+        header(b"null"),
+        header(b"[" * 100_000),
+        header(b'{"content": 1, "arrays": []}'),
+        header(b'{"content": {}}'),
+        header(b'{"content": {}, "arrays": 3}'),
+        header(b'{"content": {}, "arrays": [["a", "float32", [2]]]}', b"\0" * 7),
+        header(b'{"content": {}, "arrays": [["a", "float32", [2]]]}', b"\0" * 9),
+        header(b'{"content": {}, "arrays": [["a", "float32", [-2]]]}', b"\0" * 8),
+        header(b'{"content": {}, "arrays": [["a", "float32", [99999999, 99999999]]]}'),
+        header(b'{"content": {}, "arrays": [["a", "float32", [0, 99999999999]]]}'),
+        header(b'{"content": {}, "arrays": [["a", "float32", [true]]]}', b"\0" * 4),
+        header(b'{"content": {}, "arrays": [["a", "object", [1]]]}', b"\0" * 8),
+        header(b'{"content": {}, "arrays": [["a", [], [1]]]}', b"\0" * 8),
+        header(b'{"content": {}, "arrays": [[[], "bool", [1]]]}', b"\0"),
+        header(json.dumps({"content": {}, "arrays": [["a", "bool", [1] * 64]]}).encode(), b"\0"),
+        header(json.dumps({"content": {}, "arrays": [["a", "bool", [0]]] * 10_001}).encode()),
+        header(b'{"content": {"epoch": ' + b"9" * 5000 + b'}, "arrays": []}'),
+    ],
+)
+def test_what_is_no_message_is_refused(message: bytes) -> None:
     with pytest.raises(WireError) as caught:
-        decoder.next()
+        wire.decode(message)
     assert len(str(caught.value)) < 300
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_messages_are_refused_or_are_messages(data: st.DataObject) -> None:
-    """No other exception, whatever bytes arrive."""
+    """No other exception, whatever bytes arrive from a rank that proves them."""
     damage(data)
 
 
 def damage(data: st.DataObject) -> None:
-    """Feed a message with random damage to a decoder."""
-    frame = bytearray(wire.encode({"epoch": 3, "steps": [{}]}, ARRAYS))
+    """Decode a message with random damage."""
+    message = bytearray(wire.encode({"epoch": 3, "steps": [{}]}, ARRAYS))
     for _ in range(data.draw(st.integers(0, 4))):
-        at = data.draw(st.integers(0, len(frame)))
-        frame[at : at + data.draw(st.integers(0, 5))] = data.draw(st.binary(max_size=5))
-    decoder = Decoder()
+        at = data.draw(st.integers(0, len(message)))
+        message[at : at + data.draw(st.integers(0, 5))] = data.draw(st.binary(max_size=5))
     with contextlib.suppress(WireError):
-        for start in range(0, len(frame), 7):
-            decoder.feed(bytes(frame[start : start + 7]))
-            while (message := decoder.next()) is not None:
-                assert isinstance(message.content, dict)
+        assert isinstance(wire.decode(bytes(message)).content, dict)
 
 
 @pytest.fixture
@@ -133,9 +192,9 @@ def reception() -> Iterator[Reception]:
 def connects(reception: Reception, rank: int, key: bytes = KEY) -> threading.Thread:
     def connect() -> None:
         with contextlib.suppress(OSError, EOFError):
-            channel = handshake.connect(reception.address, key, rank)
-            with contextlib.closing(channel):
-                channel.receive()
+            link = handshake.connect(reception.address, key, rank)
+            with contextlib.closing(link):
+                link.receive()
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
@@ -157,11 +216,11 @@ def test_strangers_delay_no_rank() -> None:
         stranger(reception).close()
         others = [connects(reception, 0, b"w" * 32), connects(reception, 2)]
         ranks = [connects(reception, rank) for rank in (1, 0)]
-        channels = reception.gather(30.0, lambda _: None)
-        assert sorted(channels) == [0, 1]
-        for channel in channels.values():
-            channel.send({"do": "end"})
-            channel.close()
+        links = reception.gather(30.0, lambda _: None)
+        assert sorted(links) == [0, 1]
+        for link in links.values():
+            link.send(b"the end")
+            link.close()
     for thread in (*ranks, *others):
         thread.join(20)
         assert not thread.is_alive()
@@ -172,9 +231,9 @@ def test_strangers_delay_no_rank() -> None:
 def test_a_rank_can_connect_only_once(reception: Reception) -> None:
     connects(reception, 0)
     connects(reception, 0)
-    channels = reception.gather(1.0, lambda _: None)
-    assert list(channels) == [0]
-    channels[0].close()
+    links = reception.gather(1.0, lambda _: None)
+    assert list(links) == [0]
+    links[0].close()
 
 
 def test_a_rank_refuses_what_is_not_its_controller() -> None:
@@ -195,20 +254,21 @@ def test_a_rank_refuses_what_is_not_its_controller() -> None:
 def test_a_peer_that_takes_nothing_costs_a_time_out() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())
-        channel = Channel(server.accept()[0])
+        link = Link(server.accept()[0], sends=KEY, receives=KEY)
         with pytest.raises(TimeoutError):
-            channel.send({}, {"a": np.zeros(10_000_000, bool)}, seconds=0.2)
-        channel.close()
+            link.send(bytes(10_000_000), seconds=0.2)
+        link.close()
         client.close()
 
 
 @pytest.mark.parametrize(
     ("channels", "text"),
     [
-        (60, "rank 1 sent what is no message: not a message: "),
+        (60, "rank 1 sent what is no message: its proof is wrong"),
         (61, "rank 1 sent what is no message: an answer must have the epoch"),
         (62, "rank 1 sent what is no message: a message must have at most"),
         (63, "rank 1 did not answer, and no rank did anything"),
+        (64, "rank 1 sent what is no message: not a message: "),
     ],
 )
 def test_garbage_from_a_rank_costs_one_case(channels: int, text: str) -> None:

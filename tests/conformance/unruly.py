@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.conformance.ranks.base import Rank
-from syncbn.conformance.wire import Channel, encode
+from syncbn.conformance.wire import Channel
 from syncbn.torch import SyncBatchNorm
 
 
@@ -103,14 +103,14 @@ def allocates(_: Tensor) -> None:
     torch.ones(5 << 30, dtype=torch.float32)  # 20 GiB
 
 
-def to_the_controller(sends: bytes) -> Callable[[Tensor], Any]:
+def channel() -> Channel:
     """A layer finds the connection of its rank, as it finds everything in its process."""
+    (found,) = [one for one in gc.get_objects() if type(one) is Channel]
+    return found
 
-    def send(_: Tensor) -> None:
-        (channel,) = [one for one in gc.get_objects() if type(one) is Channel]
-        os.write(channel.fileno(), sends)
 
-    return send
+def to_the_controller(sends: bytes) -> Callable[[Tensor], Any]:
+    return lambda _: os.write(channel().fileno(), sends)
 
 
 def then(action: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -143,10 +143,11 @@ AFTER: dict[int, Callable[[Tensor], Any]] = {
     47: then(new_world),
     48: then(patches),
     49: then(allocates),
-    60: to_the_controller(struct.pack("<IQ", 2, 0) + b"[]"),
-    61: to_the_controller(encode({"steps": []})),
-    62: to_the_controller(b"\xff" * 12),
-    63: to_the_controller(struct.pack("<IQ", 1000, 0) + b"{"),  # and its own answer within
+    60: to_the_controller(struct.pack("<Q", 2) + b"[]" + bytes(32)),
+    61: lambda y: channel().send({"steps": []}),
+    62: to_the_controller(b"\xff" * 8),
+    63: to_the_controller(struct.pack("<Q", 10_000) + b"{"),  # and its own answer within
+    64: lambda y: channel()._link.send(b"[]"),
 }
 
 

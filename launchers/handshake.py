@@ -2,9 +2,10 @@
 
 The controller sends a nonce. A rank answers with its id, a nonce of its own, and a proof: an HMAC
 of all three with the key. The controller answers with its own proof. All of it has fixed lengths.
+Both sides then derive the two keys of the link from the same three, one for each direction.
 
-Any process of the machine can connect. A stranger that leaves, sends something else or nothing
-costs the controller one entry in a table, and delays no rank.
+Any process that reaches the port can connect. A stranger that leaves, sends something else or
+nothing costs the controller one entry in a table, and delays no rank.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from syncbn.conformance.wire import Channel
+from syncbn.launchers.link import Link
 
 _NONCE = 32  # bytes
 _PROOF = hashlib.sha256().digest_size
@@ -71,7 +73,7 @@ class Reception:
         self._selector.close()
         self._listener.close()
 
-    def gather(self, seconds: float, look: Callable[[set[int]], None]) -> dict[int, Channel]:
+    def gather(self, seconds: float, look: Callable[[set[int]], None]) -> dict[int, Link]:
         """Wait for a connection of every rank.
 
         Args:
@@ -79,25 +81,25 @@ class Reception:
             look: called now and then with the ranks that are missing; it may raise.
 
         Returns:
-            The channels by rank. Ranks that did not connect in time are missing.
+            The links by rank. Ranks that did not connect in time are missing.
         """
-        channels: dict[int, Channel] = {}
+        links: dict[int, Link] = {}
         end, next_look = time.monotonic() + seconds, 0.0
         try:
-            while len(channels) < self._ranks and (now := time.monotonic()) < end:
+            while len(links) < self._ranks and (now := time.monotonic()) < end:
                 if now >= next_look:
-                    look(set(range(self._ranks)) - set(channels))
+                    look(set(range(self._ranks)) - set(links))
                     next_look = now + _PAUSE_SECONDS
                 for key, _ in self._selector.select(_PAUSE_SECONDS):
                     if key.fileobj is self._listener:
                         self._accept()
                     elif (visitor := self._visitors.get(key.fd)) is not None:
-                        self._hear(visitor, channels)
+                        self._hear(visitor, links)
         except BaseException:
-            for channel in channels.values():
-                channel.close()
+            for link in links.values():
+                link.close()
             raise
-        return channels
+        return links
 
     def _accept(self) -> None:
         try:
@@ -115,7 +117,7 @@ class Reception:
         if len(self._visitors) > _MAX_STRANGERS + self._ranks:
             self._drop(next(iter(self._visitors.values())))
 
-    def _hear(self, visitor: _Visitor, channels: dict[int, Channel]) -> None:
+    def _hear(self, visitor: _Visitor, links: dict[int, Link]) -> None:
         try:
             piece = visitor.connection.recv(_ANSWER - len(visitor.answer))
         except BlockingIOError:
@@ -126,24 +128,25 @@ class Reception:
         if piece and len(visitor.answer) < _ANSWER:
             return
         rank = self._rank(visitor)
-        if rank is None or rank in channels:
+        if rank is None or rank in links:
             self._drop(visitor)
             return
         self._forget(visitor)
         said = bytes(visitor.answer[:-_PROOF])
         try:
-            visitor.connection.send(_prove(self._key, b"controller", visitor.nonce, said))
+            visitor.connection.send(_derive(self._key, b"controller", visitor.nonce, said))
         except OSError:
             visitor.connection.close()
         else:
-            channels[rank] = Channel(visitor.connection)
+            keys = _keys(self._key, visitor.nonce, said)
+            links[rank] = Link(visitor.connection, sends=keys.to_rank, receives=keys.to_controller)
 
     def _rank(self, visitor: _Visitor) -> int | None:
         """The rank that a visitor has proven to be, or None."""
         if len(visitor.answer) < _ANSWER:
             return None
         said, proof = bytes(visitor.answer[:-_PROOF]), bytes(visitor.answer[-_PROOF:])
-        if not hmac.compare_digest(proof, _prove(self._key, b"rank", visitor.nonce, said)):
+        if not hmac.compare_digest(proof, _derive(self._key, b"rank", visitor.nonce, said)):
             return None
         rank: int = _RANK.unpack_from(said)[0]
         return rank if rank < self._ranks else None
@@ -157,7 +160,7 @@ class Reception:
         visitor.connection.close()
 
 
-def connect(address: str, key: bytes, rank: int) -> Channel:
+def connect(address: str, key: bytes, rank: int) -> Link:
     """Connect a rank to the controller at HOST:PORT.
 
     Raises:
@@ -170,12 +173,13 @@ def connect(address: str, key: bytes, rank: int) -> Channel:
         stack.callback(connection.close)
         nonce = _read(connection, _NONCE)
         said = _RANK.pack(rank) + secrets.token_bytes(_NONCE)
-        connection.sendall(said + _prove(key, b"rank", nonce, said))
-        expected = _prove(key, b"controller", nonce, said)
+        connection.sendall(said + _derive(key, b"rank", nonce, said))
+        expected = _derive(key, b"controller", nonce, said)
         if not hmac.compare_digest(_read(connection, _PROOF), expected):
             raise HandshakeError(f"what listens at {address} does not have the key of this run")
         stack.pop_all()
-    return Channel(connection)
+    keys = _keys(key, nonce, said)
+    return Link(connection, sends=keys.to_controller, receives=keys.to_rank)
 
 
 def _read(connection: socket.socket, count: int) -> bytes:
@@ -188,5 +192,16 @@ def _read(connection: socket.socket, count: int) -> bytes:
     return found
 
 
-def _prove(key: bytes, side: bytes, nonce: bytes, said: bytes) -> bytes:
-    return hmac.digest(key, side + nonce + said, "sha256")
+class _Keys(NamedTuple):
+    to_rank: bytes
+    to_controller: bytes
+
+
+def _keys(key: bytes, nonce: bytes, said: bytes) -> _Keys:
+    """The keys of a link."""
+    return _Keys(*(_derive(key, use, nonce, said) for use in (b"to rank", b"to controller")))
+
+
+def _derive(key: bytes, use: bytes, nonce: bytes, said: bytes) -> bytes:
+    """A proof or a key. No two uses have the same length, so no two give the same bytes to HMAC."""
+    return hmac.digest(key, use + nonce + said, "sha256")
