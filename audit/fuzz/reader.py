@@ -35,11 +35,12 @@ with atheris.instrument_imports(include=["syncbn"], enable_loader_override=False
     from syncbn.conformance.pool import RankPool
     from syncbn.conformance.runner import Result
     from syncbn.conformance.verdict import VERDICTS, Verdict
+    from syncbn.launchers.link import WireError
     from syncbn.reports import schema
     from syncbn.reports.text import one_line, printable
 
 _LONGEST = 2000  # characters of a refusal
-_LENGTHS = struct.Struct("<IQ")
+_LENGTH = struct.Struct("<I")
 _MOST_VALUES = 2000  # of a case whose expected values are computed
 _STRANGE: tuple[Any, ...] = (
     *(None, True, 0, -1, 1, 2**31, 2**64, 10**30, 0.5, -0.0, 1e-320, 1e308, math.nan, math.inf),
@@ -82,18 +83,13 @@ def read_case(text: bytes) -> None:
 
 
 def read_wire(text: bytes) -> None:
-    """Read messages that arrive in two pieces, and send them again."""
-    decoder = wire.Decoder()
+    """Read a message, and encode it again."""
     try:
-        for piece in (text[: len(text) // 2], text[len(text) // 2 :]):
-            decoder.feed(piece)
-            while (message := decoder.next()) is not None:
-                decoded = wire.Decoder()
-                decoded.feed(wire.encode(*message))
-                again = decoded.next()
-                _check(again is not None and again.content == message.content, "a message changed")
-    except wire.WireError as error:
+        message = wire.decode(text)
+    except WireError as error:
         raise Refused(str(error)) from error
+    again = wire.decode(wire.encode(*message))
+    _check(again.content == message.content, "a message changed")
 
 
 _READERS: dict[str, Callable[[bytes], None]] = {
@@ -120,7 +116,7 @@ def seeds(name: str) -> Iterator[bytes]:
         }
         content = {"epoch": 1, "steps": [{"modified": [], "format": None}]}
         yield wire.encode(content, arrays)
-        yield wire.encode({"epoch": 2}) + wire.encode({"failed": "no"}, arrays)
+        yield wire.encode({"failed": "no", "epoch": 2})
     else:
         rows = [
             report.row(Result(case, Verdict(verdict, 0.5, "message"), 0.1))
@@ -146,10 +142,10 @@ def mutated(name: str, text: bytes, largest: int, seed: int) -> bytes:
     """Change bytes, or a value of the JSON in them."""
     chance = random.Random(seed)
     start = end = b""
-    if name == "wire" and len(text) >= _LENGTHS.size:
-        of_header, _ = _LENGTHS.unpack_from(text)
-        end = text[_LENGTHS.size + of_header :]
-        text = text[_LENGTHS.size : _LENGTHS.size + of_header]
+    if name == "wire" and len(text) >= _LENGTH.size:
+        (of_header,) = _LENGTH.unpack_from(text)
+        end = text[_LENGTH.size + of_header :]
+        text = text[_LENGTH.size : _LENGTH.size + of_header]
     try:
         changed = json.dumps(_with_a_change(json.loads(text), chance)).encode()
     except (ValueError, RecursionError):
@@ -157,7 +153,7 @@ def mutated(name: str, text: bytes, largest: int, seed: int) -> bytes:
     if chance.random() < 0.3:
         return bytes(atheris.Mutate(changed, largest))
     if name == "wire":
-        start = _LENGTHS.pack(len(changed), len(end))
+        start = _LENGTH.pack(len(changed))
     return (start + changed + end)[:largest]
 
 
