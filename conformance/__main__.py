@@ -34,13 +34,17 @@ from syncbn.conformance import (
 from syncbn.conformance import selection as selected
 from syncbn.conformance.case import Case
 from syncbn.conformance.cases import PROFILES, REGRESSIONS, catalogue
+from syncbn.conformance.certification.make import Maker
+from syncbn.conformance.certification.plan import why_not_certified
+from syncbn.conformance.certification.product import load as load_product
+from syncbn.conformance.certification.verify import verify
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.conformance.document import MOST_RANKS, read
 from syncbn.conformance.place import Place
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.selection import Selection
 from syncbn.launchers import LAUNCHERS
-from syncbn.reports.commands import add_baseline, add_commands, add_gate, new_file
+from syncbn.reports.commands import add_commands, new_file
 from syncbn.reports.console import PatientConsole
 from syncbn.reports.schema import parse
 from syncbn.reports.text import one_line, printable
@@ -50,6 +54,11 @@ _STATUS = (
     "0 pass, 1 fail, 2 an error in the request, or nothing could start, 3 no verdict, because the "
     "suite or the machine failed in a case, 130 interrupted"
 )
+_VERIFIED = (
+    "0 verified, 1 refused, 2 there is no package to read, 3 verified, and the package says that "
+    "the layer FAILED"
+)
+_REASONS = 30  # of a refusal that are printed
 _STATUS_OF = {"pass": 0, "fail": 1, "error": 3, "incomplete": 130}
 
 
@@ -100,7 +109,8 @@ def _run(options: argparse.Namespace) -> int:
         reports.write(options.junit, reports.junit(document), "JUnit XML")
     with _whatever_the_reader_does():
         reports.summarize(document, _output())
-        print(f"report: {path}", flush=True)
+        print(f"report: {path}")
+        print(why_not_certified(document), flush=True)
     if document["summary"]["verdict"] == "incomplete":
         again = "the same command with --resume goes on"
         print(f"syncbn-conformance: interrupted; {again}", file=sys.stderr)
@@ -200,6 +210,46 @@ def _output() -> Console:
     """Standard output, wide enough for long messages if it is a pipe or a file."""
     console = PatientConsole()
     return console if console.is_terminal else PatientConsole(width=120)
+
+
+def _certify(options: argparse.Namespace) -> int:
+    product = load_product(options.product)
+    maker = Maker(
+        _target(options),
+        product,
+        options.out,
+        level=options.level,
+        launcher=options.launcher,
+        command=["syncbn-conformance", *options.command_line],
+        devices=options.devices,
+    )
+    with maker:
+        for ranks in maker.runs:
+            document = maker.run(ranks)
+            with _whatever_the_reader_does():
+                reports.summarize(document, _output())
+            if document["summary"]["verdict"] == "error":
+                print(f"no certificate: the run on {ranks} ranks has no verdict", flush=True)
+                return _STATUS_OF["error"]
+        result = maker.finish(options.sign)
+    with _whatever_the_reader_does():
+        print(maker.title)
+        print(f"package: {options.out}", flush=True)
+    return 0 if result == "PASSED" else 1
+
+
+def _verify(options: argparse.Namespace) -> int:
+    found = verify(options.folder, options.allowed_signers)
+    for reason in found.refused[:_REASONS]:
+        print(f"refused: {reason}")
+    if len(found.refused) > _REASONS:
+        print(f"refused: {len(found.refused) - _REASONS} more reasons")
+    if found.refused:
+        return 1
+    for note in found.notes:
+        print(note)
+    print(f"verified: {one_line(found.title)}")
+    return 0 if found.result == "PASSED" else 3
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -319,25 +369,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-
-    def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        sub = command(name, text)
-        sub.set_defaults(command=function)
+    def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(command=command)
         return sub
 
     run = add("run", _run, "judge a target, clause by clause")
     _add_target(run)
     _add_ranks(run)
     _add_profile(run)
-    run.add_argument(
-        "--level",
-        default="decided",
-        choices=("decided", "documented"),
-        help="the clauses that count for the exit status: all of them, or those that the "
-        "operator's page documents (default decided)",
-    )
+    _add_level(run)
     run.add_argument(
         "--oracle",
         default="auto",
@@ -387,13 +428,40 @@ def _parser() -> argparse.ArgumentParser:
         help="run no more cases after N hangs, each of which costs seconds (default "
         f"{runner.MAX_HANGS})",
     )
+    certify = add("certify", _certify, "make all runs of a certificate, and a package of them")
+    _add_target(certify)
+    _add_level(certify)
+    certify.add_argument(
+        "--product",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a JSON file with the name, vendor, version and contact of the product",
+    )
+    certify.add_argument(
+        "--out", type=Path, required=True, help="the directory of the package, new or empty"
+    )
+    certify.add_argument(
+        "--devices",
+        type=_positive,
+        metavar="N",
+        help="the number of accelerators: runs with more ranks are left out (default: all runs)",
+    )
+    certify.add_argument("--sign", type=Path, metavar="KEY", help="sign with this SSH key")
+    check = add("verify", _verify, "derive the verdicts of a package again, and compare all of it")
+    check.epilog = f"Exit status: {_VERIFIED}."
+    check.add_argument("folder", type=Path, metavar="DIR", help="the directory of the package")
+    check.add_argument(
+        "--allowed-signers",
+        type=Path,
+        metavar="FILE",
+        help="refuse a package that none of these SSH keys signed; see ssh-keygen(1)",
+    )
     replay = add("replay", _replay, "run one case again")
     replay.add_argument("case", metavar="CASE", help="an id, or a file with a case document")
     _add_target(replay)
     _add_ranks(replay)
     add_commands(commands.add_parser("report", help="show the report of a run"))
-    add_baseline(command("baseline", "write what the gate expects of later runs"))
-    add_gate(command("gate", "compare a run with its baseline: whatever changed fails"))
     add("targets", _targets, "list what --target accepts")
     listing = add("list", _list, "list the cases: id, clause, title")
     _add_ranks(listing)
@@ -459,6 +527,16 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
         default="local",
         choices=tuple(LAUNCHERS),
         help="what starts the ranks (default local)",
+    )
+
+
+def _add_level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--level",
+        default="decided",
+        choices=("decided", "documented"),
+        help="the clauses that count for the exit status: all of them, or those that the "
+        "operator's page documents (default decided)",
     )
 
 

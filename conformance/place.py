@@ -98,8 +98,7 @@ class Place:
             asked: what the run is to do; one that resumes it must be asked the same.
             command: its command line.
         """
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.about = {"id": secrets.token_hex(8), "started": started, "command": command}
+        self.about = about_run(command)
         try:
             self._journal = open(self.folder / JOURNAL, "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -157,6 +156,12 @@ class Place:
 
     def _unusable(self, reason: str | None) -> PlaceError:
         return PlaceError(f"cannot write reports to {self.folder}: {reason}")
+
+
+def about_run(command: list[str]) -> dict[str, Any]:
+    """The id, the date and the command line of a run that begins now."""
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"id": secrets.token_hex(8), "started": started, "command": command}
 
 
 def _free(path: Path) -> Path:

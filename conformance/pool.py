@@ -209,6 +209,17 @@ class RankPool:
             self._must_rejoin = any(went_wrong(answer) for answer in outcome.answers)
         return replace(outcome, changed=_changed(outcome, "changed"))
 
+    def sources(self) -> dict[str, Any]:
+        """The files of the layer that rank 0 has loaded: syncbn.conformance.ranks.sources.
+
+        Raises:
+            StartError: no rank can answer.
+        """
+        if self._job is None:
+            self.start()
+        found: dict[str, Any] = self._all({"do": "sources"}, _START_SECONDS, [0])[0].content
+        return found["sources"]
+
     def _prepare(self, case: Case) -> None:
         """Have ranks that are in one world.
 

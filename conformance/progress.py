@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from syncbn.conformance import runner
 from syncbn.conformance.case import Case
 from syncbn.conformance.pool import RankPool
-from syncbn.conformance.runner import Result
+from syncbn.conformance.runner import Recorder, Result
 from syncbn.reports.console import PatientConsole
 
 _CASES_A_LINE = 50
@@ -26,6 +26,7 @@ def run(
     oracle: RankPool | str,
     max_hangs: int,
     keep: Callable[[Result], None],
+    record: Recorder | None = None,
 ) -> None:
     """Start the ranks and run the cases.
 
@@ -35,6 +36,7 @@ def run(
         oracle: the ranks of the oracle, or why there is none.
         max_hangs: see syncbn.conformance.runner.run.
         keep: called with each result as it comes; Enough from it ends the run.
+        record: see syncbn.conformance.runner.run.
     """
     console = PatientConsole(stderr=True, highlight=False)
     console.print(f"{pool.target.name}: starting {pool.ranks} ranks")
@@ -69,4 +71,4 @@ def run(
 
         ranks_of_oracle = oracle if isinstance(oracle, RankPool) else None
         with contextlib.suppress(Enough):
-            runner.run(pool, cases, progress, ranks_of_oracle, max_hangs)
+            runner.run(pool, cases, progress, ranks_of_oracle, max_hangs, record)

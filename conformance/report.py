@@ -50,20 +50,11 @@ def build(
         selection: the part of the profile that was to run.
         stopped: whether something stopped the run before all its cases had run.
     """
-    part = selection != EVERYTHING
-    clauses = [_clause(name, rows, pool.ranks, level, part) for name in CLAUSES]
-    counting = [clause["verdict"] for clause in clauses if clause["required"]]
-    ran = {one["id"] for one in rows if one["verdict"] != "not-run"}
-    listed = set(must_pass.listed(pool.ranks, profile))
-    if part:
-        listed &= {case.id for case in selection.of(pool.ranks, profile)}
-    missing = sorted(listed - ran)
-    verdicts = [one["verdict"] for one in rows]
-    return {
+    facts = {
         "schema": "syncbn-report/1",
         "run": run,
         "suite": suite(),
-        "target": _target(pool.target),
+        "target": target_document(pool.target),
         "oracle": _oracle(oracle),
         "environment": _environment()
         | (oracle.versions if isinstance(oracle, RankPool) else {})
@@ -73,12 +64,39 @@ def build(
         "profile": profile,
         "level": level,
         "seconds": round(seconds, 3),
-        "selection": selection.document,
-        "must_pass": {"listed": len(listed), "missing": missing},
         "restarts": [
             {"case": restart.case, "reason": restart.reason, "seconds": round(restart.seconds, 3)}
             for restart in pool.restarts
         ],
+    }
+    return conclude(facts, rows, selection, stopped)
+
+
+def conclude(
+    facts: dict[str, Any],
+    rows: Sequence[Row],
+    selection: Selection = EVERYTHING,
+    stopped: bool = False,
+) -> dict[str, Any]:
+    """A report: the facts of a run, its results, and what follows from both.
+
+    Args:
+        facts: the fields that do not follow from results.
+        rows, selection, stopped: see `build`.
+    """
+    ranks, profile, level = facts["ranks"], facts["profile"], facts["level"]
+    part = selection != EVERYTHING
+    clauses = [_clause(name, rows, ranks, level, part) for name in CLAUSES]
+    counting = [clause["verdict"] for clause in clauses if clause["required"]]
+    ran = {one["id"] for one in rows if one["verdict"] != "not-run"}
+    listed = set(must_pass.listed(ranks, profile))
+    if part:
+        listed &= {case.id for case in selection.of(ranks, profile)}
+    missing = sorted(listed - ran)
+    verdicts = [one["verdict"] for one in rows]
+    return facts | {
+        "selection": selection.document,
+        "must_pass": {"listed": len(listed), "missing": missing},
         "summary": {
             "verdict": _summary(verdicts, counting, missing, stopped),
             "required": _counts(counting),
@@ -117,7 +135,8 @@ def _summary(
     return "pass" if passed else "fail"
 
 
-def _target(target: Target) -> dict[str, Any]:
+def target_document(target: Target) -> dict[str, Any]:
+    """A target as a report has it."""
     return {
         "name": target.name,
         "framework": target.framework,
@@ -138,7 +157,7 @@ def _target(target: Target) -> dict[str, Any]:
 def _oracle(oracle: RankPool | str) -> dict[str, Any]:
     if isinstance(oracle, str):
         return {"target": None, "left_out": oracle}
-    return {"target": _target(oracle.target), "left_out": None}
+    return {"target": target_document(oracle.target), "left_out": None}
 
 
 def _comparison(comparison: Comparison | None) -> dict[str, Any] | None:

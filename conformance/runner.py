@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from syncbn.conformance import verdict
 from syncbn.conformance.case import Case
@@ -59,6 +60,9 @@ class Result:
     changed: tuple[str, ...] = ()
 
 
+# Gets a case, the answers of the target, and a function that returns the expected results.
+Recorder: TypeAlias = Callable[[Case, Outcome, Callable[[], Expectations]], None]
+
 _NOT_ASKED = Comparison(Verdict("not-run", None, FINDINGS["not asked"]), None, "not asked")
 
 
@@ -68,8 +72,9 @@ def run(
     progress: Callable[[Result], None],
     oracle: RankPool | None = None,
     max_hangs: int = MAX_HANGS,
+    record: Recorder | None = None,
 ) -> list[Result]:
-    """Run all cases in their order, and call `progress` after each.
+    """Run all cases in their order, and call `progress` after each and `record` before that.
 
     After `max_hangs` hangs of the target no more case runs, and after as many of the oracle the
     oracle gets no more.
@@ -77,36 +82,48 @@ def run(
     results = []
     for case in cases:
         if pool.hangs >= max_hangs:
-            reason = f"not run after {max_hangs} hangs (see --max-hangs)"
-            results.append(Result(case, Verdict("not-run", None, reason), 0.0))
+            results.append(not_run(case, max_hangs))
         else:
             asked = oracle if oracle is None or oracle.hangs < max_hangs else None
-            results.append(run_case(pool, case, asked))
+            results.append(run_case(pool, case, asked, record))
         progress(results[-1])
     return results
 
 
-def run_case(pool: RankPool, case: Case, oracle: RankPool | None = None) -> Result:
+def not_run(case: Case, max_hangs: int = MAX_HANGS) -> Result:
+    """The result of a case that did not run because others hung."""
+    reason = f"not run after {max_hangs} hangs (see --max-hangs)"
+    return Result(case, Verdict("not-run", None, reason), 0.0)
+
+
+def run_case(
+    pool: RankPool,
+    case: Case,
+    oracle: RankPool | None = None,
+    record: Recorder | None = None,
+) -> Result:
     """Run one case on the target, and on the oracle if there is one. Neither can make it raise."""
     start = time.monotonic()
     expected = functools.cache(lambda: expect(case))
     outcome = pool.run(case)
     changed = tuple(outcome.changed)
-    judged = _judge(case, outcome, expected)
+    judged = judge(case, outcome, expected)
+    if record is not None:
+        record(case, outcome, expected)
     seconds = time.monotonic() - start
     if oracle is None or judged.verdict in ("unsupported", "error"):
         return Result(case, judged, seconds, None, changed)
     if any(step.error for step in case.steps):
         return Result(case, judged, seconds, _NOT_ASKED, changed)
     answer = oracle.run(case)
-    of_oracle = _judge(case, answer, expected)
+    of_oracle = judge(case, answer, expected)
     apart = None if case.error else verdict.apart(case, outcome, answer, expected())
     raised = case.error is None and any(map(went_wrong, answer.answers))
     finding = "no answer" if raised else _finding(judged, of_oracle, apart)
     return Result(case, judged, seconds, Comparison(of_oracle, apart, finding), changed)
 
 
-def _judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) -> Verdict:
+def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) -> Verdict:
     """The verdict on a case; "error" if the suite cannot judge it."""
     try:
         return verdict.judge(case, outcome, expected)

@@ -46,7 +46,7 @@ _INITIAL = {
 }
 _LARGEST = {name: float(np.finfo(name).max) for name in ("float16", "float32", "float64")}
 _LARGEST["bfloat16"] = (2 - 2.0**-7) * 2.0**127
-_OF_INPUT = ("y", "grad_input", "grad_grad_input", "grad_grad_output")
+OF_INPUT = ("y", "grad_input", "grad_grad_input", "grad_grad_output")  # arrays of its shape
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def judgeable(case: Case, expected: Expectations) -> bool:
             for name, bounded in (at.values if at else {}).items():
                 if bounded is None:
                     continue
-                dtype = step.dtype_of(rank) if name in _OF_INPUT else case.parameter_dtype
+                dtype = step.dtype_of(rank) if name in OF_INPUT else case.parameter_dtype
                 value, bound = bounded
                 if poisoned:
                     bound, value = bound[np.isfinite(value)], value[np.isfinite(value)]

@@ -22,6 +22,7 @@ from syncbn.conformance.case import Case, Step
 from syncbn.conformance.checks import STATISTICS, arrays_of
 from syncbn.conformance.frameworks import import_module
 from syncbn.conformance.ranks.process import ProcessState, Setting, Suite
+from syncbn.conformance.ranks.sources import sources_of
 
 # The last part of a tensor's name, which says what it is; other names than the first are those of
 # mindspore.nn and of TensorFlow.
@@ -83,6 +84,10 @@ class Rank(ABC):
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Names and versions of the software that the results depend on."""
+
+    def sources(self) -> dict[str, Any]:
+        """The files of the layer that this process has loaded, and the distribution it is from."""
+        return sources_of(self.cls.__module__)
 
     @abstractmethod
     def host(self) -> int:

@@ -45,6 +45,8 @@ def serve(channel: Channel, rank: int, ranks: int, local_rank: int) -> None:
                 answer = {"versions": member.versions()}
             elif member is None:
                 raise RuntimeError("the first job must be to load a target")
+            elif content["do"] == "sources":
+                answer = {"sources": member.sources()}
             elif content["do"] == "host":
                 answer = {"port": member.host()}
             elif content["do"] == "join":
