@@ -47,6 +47,23 @@ conformance-mindspore: $(READY)
 	$(JUDGE) --target syncbn.mindspore --mode graph --profile smoke --oracle none \
 	  --out reports/out/syncbn.mindspore-graph
 
+# Each baseline has the name of the folder of its report.
+.PHONY: gate
+gate: $(READY) ## compare the reports of the last runs with reports/baselines
+	@status=0; for baseline in reports/baselines/*.json; do \
+	  report=reports/out/$$(basename $$baseline .json); \
+	  if test -f $$report/report.json; \
+	  then $(VENV)/bin/syncbn-conformance gate --baseline $$baseline $$report || status=1; \
+	  else echo "skipped: there is no $$report/report.json"; fi; done; exit $$status
+
+.PHONY: baselines
+baselines: $(READY) ## write reports/baselines from the reports of the last runs
+	@for baseline in reports/baselines/*.json; do \
+	  report=reports/out/$$(basename $$baseline .json); \
+	  if test -f $$report/report.json; \
+	  then $(VENV)/bin/syncbn-conformance baseline $$report --out $$baseline || exit; \
+	  else echo "skipped: there is no $$report/report.json"; fi; done
+
 .PHONY: kernels
 kernels: $(READY) ## prove our Triton kernels without a device (puts 2.5 GB of tools into .toolchain)
 	$(RUN) -m audit kernels install

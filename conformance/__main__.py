@@ -44,7 +44,7 @@ from syncbn.conformance.place import Place
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.selection import Selection
 from syncbn.launchers import LAUNCHERS
-from syncbn.reports.commands import add_commands, new_file
+from syncbn.reports.commands import add_baseline, add_commands, add_gate, new_file
 from syncbn.reports.console import PatientConsole
 from syncbn.reports.schema import parse
 from syncbn.reports.text import one_line, printable
@@ -369,9 +369,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        sub.set_defaults(command=command)
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
+        sub = command(name, text)
+        sub.set_defaults(command=function)
         return sub
 
     run = add("run", _run, "judge a target, clause by clause")
@@ -462,6 +465,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_target(replay)
     _add_ranks(replay)
     add_commands(commands.add_parser("report", help="show the report of a run"))
+    add_baseline(command("baseline", "write what the gate expects of later runs"))
+    add_gate(command("gate", "compare a run with its baseline: whatever changed fails"))
     add("targets", _targets, "list what --target accepts")
     listing = add("list", _list, "list the cases: id, clause, title")
     _add_ranks(listing)

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from syncbn.reports.files import ReportError, write
+from syncbn.reports.files import ReportError, read, write
 from syncbn.reports.schema import Schema, parse, shorten
 
 Report: TypeAlias = dict[str, Any]
@@ -20,6 +20,7 @@ SCHEMA: dict[str, Any] = json.loads(
 
 THRESHOLD = 3  # the largest ratio of a case that passes: syncbn.reference.ratio.THRESHOLD
 _SCHEMA = Schema(SCHEMA)
+_LARGEST = 1_000_000_000  # bytes of a file; 100,000 cases take 90 MB
 
 
 def validate(report: Report) -> None:
@@ -60,13 +61,13 @@ def load(path: str | os.PathLike[str]) -> Report:
     """Read a report and check it.
 
     Raises:
-        ReportError: the file does not exist, cannot be read, is not JSON, or is not a valid report
-            of this version.
+        ReportError: the file does not exist, cannot be read, is too large, is not JSON, or is not a
+            valid report of this version.
     """
     try:
-        report = parse(Path(path).read_bytes())
-    except OSError as error:
-        raise ReportError(f"cannot read report {path}: {error.strerror or error}") from error
+        report = parse(read(path, _LARGEST, "report"))
+    except ReportError:
+        raise
     except ValueError as error:
         raise ReportError(f"{path} is not JSON: {error}") from error
     try:

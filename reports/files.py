@@ -36,3 +36,19 @@ def write(path: str | os.PathLike[str], text: str, what: str) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ReportError(f"cannot write {what} to {path}: {error.strerror or error}") from error
+
+
+def read(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
+    """The content of a file of at most `limit` bytes.
+
+    Raises:
+        ReportError: the file cannot be read, or is larger.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise ReportError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    if len(content) > limit:
+        raise ReportError(f"{what} {path} must have at most {limit} bytes")
+    return content

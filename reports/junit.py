@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from syncbn.reports.document import Report
-from syncbn.reports.table import replay_command
+from syncbn.reports.table import replay_command, subject
 from syncbn.reports.text import one_line, shown
 
 _FAILING = ("fail", "hang", "crash")
 _TITLE = 200  # characters of the `message` of a result; its text is whole
 
 
-class _Test(NamedTuple):
-    """A test case of JUnit.
+class Test(NamedTuple):
+    """A test case of JUnit. Its texts are printable.
 
     result: "failure", "error", "skipped", or "" for a pass.
     """
@@ -45,9 +45,12 @@ def junit(report: Report) -> str:
     report = shown(report)
     suites = [(clause["id"], list(_of_clause(report, clause))) for clause in report["clauses"]]
     suites.append(("run", [_of_run(report)]))
+    return xml(subject(report), suites)
+
+
+def xml(title: str, suites: Sequence[tuple[str, Sequence[Test]]]) -> str:
+    """The XML of suites of tests, each with its name."""
     every = [test for _, tests in suites for test in tests]
-    target = report["target"]["name"]
-    title = f"{one_line(target)} on {report['ranks']} ranks, profile {one_line(report['profile'])}"
     root = Element("testsuites", {"name": title} | _counts(every))
     for name, tests in suites:
         suite = SubElement(root, "testsuite", {"name": name} | _counts(tests))
@@ -57,16 +60,16 @@ def junit(report: Report) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
 
 
-def _of_clause(report: Report, clause: Any) -> Iterator[_Test]:
+def _of_clause(report: Report, clause: Any) -> Iterator[Test]:
     name = clause["id"]
     cases = [case for case in report["cases"] if case["clause"] == name]
     if not cases:
         reason = clause["reason"] or "no case"
-        yield _Test(name, clause["title"], 0.0, "skipped", clause["verdict"], reason)
+        yield Test(name, clause["title"], 0.0, "skipped", clause["verdict"], reason)
     for case in cases:
         title, verdict = f"{case['spec']['title']} [{case['id']}]", case["verdict"]
         if verdict == "pass":
-            yield _Test(name, title, case["seconds"])
+            yield Test(name, title, case["seconds"])
             continue
         message = case["message"] or verdict
         text = f"{message}\n{replay_command(report, case)}"
@@ -74,22 +77,22 @@ def _of_clause(report: Report, clause: Any) -> Iterator[_Test]:
         if result == "failure" and not clause["required"]:
             result = "skipped"
             message = f"{verdict}, does not count for level {report['level']}: {message}"
-        yield _Test(name, title, case["seconds"], result, verdict, message, text)
+        yield Test(name, title, case["seconds"], result, verdict, message, text)
 
 
-def _of_run(report: Report) -> _Test:
+def _of_run(report: Report) -> Test:
     verdict, missing = report["summary"]["verdict"], report["must_pass"]["missing"]
     if verdict == "pass":
-        return _Test("run", "verdict")
+        return Test("run", "verdict")
     required = report["summary"]["required"]
     message = f"{verdict}: {required['pass']} of {sum(required.values())} required clauses pass"
     if missing:
         message += f", {len(missing)} case{'s' * (len(missing) > 1)} on the list did not run"
     result = "failure" if verdict == "fail" else "error"
-    return _Test("run", "verdict", 0.0, result, verdict, message, "\n".join(missing))
+    return Test("run", "verdict", 0.0, result, verdict, message, "\n".join(missing))
 
 
-def _counts(tests: list[_Test]) -> dict[str, str]:
+def _counts(tests: Sequence[Test]) -> dict[str, str]:
     results = [test.result for test in tests]
     return {
         "tests": str(len(tests)),
@@ -100,7 +103,7 @@ def _counts(tests: list[_Test]) -> dict[str, str]:
     }
 
 
-def _add(suite: Element, test: _Test) -> None:
+def _add(suite: Element, test: Test) -> None:
     case = SubElement(
         suite,
         "testcase",

@@ -229,6 +229,15 @@ def _last_line(report: Report) -> Text:
     return line
 
 
+def subject(report: Report) -> str:
+    """What a report is of, in a few words."""
+    target, ranks = report["target"], report["ranks"]
+    backend = f" --backend {target['backend']}" if target["backend"] else ""
+    mode = f" --mode {target['mode']}" if target["mode"] else ""
+    of = f"{target['name']}{backend}{mode} on {ranks} {target['device']} rank{'s' * (ranks > 1)}"
+    return one_line(f"{of}, profile {report['profile']}")
+
+
 def replay_command(report: Report, case: Any) -> str:
     """The command that runs a case of a report again."""
     target = report["target"]

@@ -15,7 +15,7 @@ from syncbn.conformance.case import Case
 try:
     import tomllib  # type: ignore[import-not-found]
 except ModuleNotFoundError:  # before Python 3.11, where pytest installs its predecessor
-    import tomli as tomllib  # type: ignore[import-not-found]
+    import tomli as tomllib
 
 # OWNER/REPOSITORY with the number of an issue or pull request, a commit, or a path and its part.
 SOURCE = re.compile(
