@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from syncbn.conformance import (
     progress,
     report,
     runner,
+    sites,
     targets,
 )
 from syncbn.conformance import selection as selected
@@ -39,11 +39,11 @@ from syncbn.conformance.certification.plan import why_not_certified
 from syncbn.conformance.certification.product import load as load_product
 from syncbn.conformance.certification.verify import verify
 from syncbn.conformance.clauses import CLAUSES
-from syncbn.conformance.document import MOST_RANKS, read
+from syncbn.conformance.document import read
 from syncbn.conformance.place import Place
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.selection import Selection
-from syncbn.launchers import LAUNCHERS
+from syncbn.launchers.site import SiteError
 from syncbn.reports.commands import add_baseline, add_commands, add_gate, new_file
 from syncbn.reports.console import PatientConsole
 from syncbn.reports.schema import parse
@@ -99,6 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    sites.complete(options)
+    if options.dry_run:
+        for host, command in _pool(_target(options), options).plan():
+            print(f"{host}: {command}")
+        return 0
     out = options.out or _OUT / options.target.replace(":", "-").replace("/", "-")
     with Place(out) as place:
         if not options.resume:
@@ -149,7 +154,7 @@ def _run_in(place: Place, options: argparse.Namespace) -> reports.Report:
             raise progress.Enough
 
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(RankPool(target, options.ranks, options.launcher))
+        pool = stack.enter_context(_pool(target, options))
         oracle_pool: RankPool | str = (
             oracle
             if isinstance(oracle, str)
@@ -204,6 +209,13 @@ def _target(options: argparse.Namespace) -> targets.Target:
         setup=options.setup,
         framework_file=options.framework,
     )
+
+
+def _pool(target: targets.Target, options: argparse.Namespace) -> RankPool:
+    try:
+        return RankPool(target, options.ranks, options.launcher, site=options.site)
+    except SiteError as error:
+        raise UsageError(str(error)) from error
 
 
 def _output() -> Console:
@@ -264,9 +276,10 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
+    sites.complete(options)
     case = _find(options.case, options.ranks)
-    target = _target(options)
-    with RankPool(target, case.ranks, options.launcher) as pool:
+    options.ranks = case.ranks
+    with _pool(_target(options), options) as pool:
         pool.start()
         result = runner.run_case(pool, case)
     verdict = result.verdict
@@ -279,8 +292,8 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _explore(options: argparse.Namespace) -> int:
-    target = _target(options)
-    with RankPool(target, options.ranks, options.launcher) as pool:
+    sites.complete(options)
+    with _pool(_target(options), options) as pool:
         pool.start()
 
         def show_progress(exploration: explore.Exploration) -> None:
@@ -349,12 +362,6 @@ def _shard(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _number_of_ranks(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_RANKS:
-        raise argparse.ArgumentTypeError(f"must be an int from 1 to {MOST_RANKS}, got {text!r}")
-    return int(text)
-
-
 def _positive(text: str) -> int:
     if not text.isdigit() or not 1 <= len(text) <= 9 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an int of 1 to 999999999, got {text[:20]!r}")
@@ -379,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = add("run", _run, "judge a target, clause by clause")
     _add_target(run)
-    _add_ranks(run)
+    sites.add_options(run)
     _add_profile(run)
     _add_level(run)
     run.add_argument(
@@ -419,6 +426,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_shard,
         metavar="I/N",
         help="only part I of N of the cases; all N parts together are all of them",
+    )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only print the command that would start ranks on each host",
     )
     run.add_argument(
         "--fail-fast", action="store_true", help="run no more cases after one that fails"
@@ -463,7 +475,7 @@ def _parser() -> argparse.ArgumentParser:
     replay = add("replay", _replay, "run one case again")
     replay.add_argument("case", metavar="CASE", help="an id, or a file with a case document")
     _add_target(replay)
-    _add_ranks(replay)
+    sites.add_options(replay)
     add_commands(commands.add_parser("report", help="show the report of a run"))
     add_baseline(command("baseline", "write what the gate expects of later runs"))
     add_gate(command("gate", "compare a run with its baseline: whatever changed fails"))
@@ -476,7 +488,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_ranks(show)
     search = add("explore", _explore, "run random cases until one fails, and keep the simplest")
     _add_target(search)
-    _add_ranks(search)
+    sites.add_options(search)
     search.add_argument(
         "--minutes", type=float, default=10.0, help="how long to search (default 10)"
     )
@@ -527,12 +539,6 @@ def _add_target(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", help="of syncbn.torch and syncbn.mindspore (default auto)")
     parser.add_argument("--mode", help=f"how MindSpore runs the layer: {modes} (default the first)")
-    parser.add_argument(
-        "--launcher",
-        default="local",
-        choices=tuple(LAUNCHERS),
-        help="what starts the ranks (default local)",
-    )
 
 
 def _add_level(parser: argparse.ArgumentParser) -> None:
@@ -548,7 +554,7 @@ def _add_level(parser: argparse.ArgumentParser) -> None:
 def _add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks",
-        type=_number_of_ranks,
+        type=sites.number_of_ranks,
         default=4,
         metavar="N",
         help="the number of ranks (default 4)",

@@ -1,18 +1,16 @@
 """A pool of rank processes that outlive their cases, driven by one controller.
 
-Ranks connect to the controller over loop-back (syncbn.launchers.handshake). Every message carries
-an epoch; an answer to an older epoch is dropped. A rank that dies, that sends what is no message,
-that exceeds the deadline, or that does not answer after a peer failed costs one case: the
-controller dumps the stacks, kills all ranks, and starts new ones for the next case. If every rank
-survives an error, the ranks stay and form a new world, because a process group is not reliable
-after an error.
+Ranks connect to the controller (syncbn.launchers.handshake). Every message carries an epoch; an
+answer to an older epoch is dropped. A rank that dies, that sends what is no message, that exceeds
+the deadline, or that does not answer after a peer failed costs one case: the controller dumps the
+stacks, kills all ranks, and starts new ones for the next case. If every rank survives an error, the
+ranks stay and form a new world, because a process group is not reliable after an error.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import secrets
 import selectors
 import sys
 import time
@@ -30,6 +28,9 @@ from syncbn.conformance.wire import Channel, Message
 from syncbn.launchers import LAUNCHERS, Job, Launcher
 from syncbn.launchers.handshake import Reception
 from syncbn.launchers.link import WireError
+from syncbn.launchers.site import Site
+
+HERE = Site()  # this machine alone
 
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _JOIN_SECONDS = 20.0  # in which ranks that have all loaded form a new world
@@ -93,26 +94,37 @@ class RankPool:
         launcher: a name of syncbn.launchers.LAUNCHERS.
         memory: the bytes of data that each rank may have on CPU; None for its share of the
             machine's memory.
+        site: the machines on which the launcher starts ranks.
+
+    Raises:
+        SiteError: the launcher cannot start so many ranks on these machines.
 
     `starts` counts how often processes were started, and `restarts` has the reason of each start
     after the first. `hangs` counts the cases that hung. `versions` names the software of the ranks.
     """
 
     def __init__(
-        self, target: Target, ranks: int, launcher: str = "local", memory: int | None = None
+        self,
+        target: Target,
+        ranks: int,
+        launcher: str = "local",
+        memory: int | None = None,
+        site: Site = HERE,
     ) -> None:
         self.target = target
         self.ranks = ranks
         self.launcher = launcher
         # A driver of an accelerator reserves far more than it uses.
-        self.memory = 0 if target.device != "cpu" else memory or _share_of_memory(ranks)
+        share = _share_of_memory(site.ranks_per_node(ranks))
+        self.memory = 0 if target.device != "cpu" else memory or share
+        self.site = site
         self.versions: dict[str, str] = {}
         self.starts = 0
         self.restarts: list[Restart] = []
         self.hangs = 0
         self._failed_starts = 0  # in a row
         self._epoch = 0
-        self._launcher: Launcher | None = None
+        self._launcher: Launcher = LAUNCHERS[launcher](site)
         self._job: Job | None = None
         self._channels: list[Channel] = []
         self._must_rejoin = False
@@ -136,33 +148,39 @@ class RankPool:
                 rank's own message.
         """
         self.starts += 1
-        key = secrets.token_bytes(32)
+        command = [sys.executable, "-m", "syncbn.conformance.ranks.worker"]
+        try:
+            with Reception(
+                self.ranks, self._launcher.secret, self.site.listen, self.site.port
+            ) as reception:
+                environment = self._environment() | {"SYNCBN_CONTROLLER": reception.address}
+                self._job = self._launcher.start(command, self.ranks, environment, self._preload())
+                self._channels = self._receive_ranks(reception)
+            loaded = self._all({"do": "load", "target": self.target.document}, _START_SECONDS)
+            self.versions = _same_versions(loaded)
+            self._join(_START_SECONDS)
+        except OSError as error:
+            self.close()
+            raise StartError(str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def plan(self) -> list[tuple[str, str]]:
+        """Each host, and the command line that `start` would run there."""
+        return self._launcher.plan(self.ranks, self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        """What is added to the environment of the ranks. It may stand on a command line."""
         root = str(
             Path(syncbn.__file__).resolve().parent.parent
         )  # so that ranks import the same suite
-        environment = {
-            "SYNCBN_KEY": key.hex(),
+        return {
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
             "SYNCBN_MEMORY": str(self.memory),
             **FRAMEWORKS[self.target.framework].missing_environment(),
         }
-        with Reception(self.ranks, key) as reception:
-            environment["SYNCBN_CONTROLLER"] = reception.address
-            command = [sys.executable, "-m", "syncbn.conformance.ranks.worker"]
-            self._launcher = self._launcher or LAUNCHERS[self.launcher]()
-            try:
-                self._job = self._launcher.start(command, self.ranks, environment, self._preload())
-                self._channels = self._receive_ranks(reception)
-                loaded = self._all({"do": "load", "target": self.target.document}, _START_SECONDS)
-                self.versions = loaded[0].content["versions"]
-                self._join(_START_SECONDS)
-            except OSError as error:
-                self.close()
-                raise StartError(str(error)) from error
-            except BaseException:
-                self.close()
-                raise
 
     def stop(self) -> None:
         """End all ranks. The pool starts again with the next case."""
@@ -177,9 +195,7 @@ class RankPool:
     def close(self) -> None:
         """End all ranks, and what starts them."""
         self.stop()
-        if self._launcher is not None:
-            self._launcher.close()
-            self._launcher = None
+        self._launcher.close()
 
     def run(self, case: Case) -> Outcome:
         """Run a case on all ranks. No target can make this raise."""
@@ -200,7 +216,10 @@ class RankPool:
         elif outcome.hung:
             self.hangs += 1
         if outcome.crashed or outcome.hung:
-            self.stop()
+            if outcome.error:
+                self.close()
+            else:
+                self.stop()
             self._record(case, outcome.details, began)
         elif lasting := _changed(outcome, "lasting"):
             self.stop()
@@ -331,7 +350,8 @@ class RankPool:
                 ready = [key.data for key, _ in selector.select(min(left, _PAUSE_SECONDS))]
                 if watch and activity is None and not ready:
                     assert self._job is not None
-                    activity = Activity(self._job.processes().values())
+                    activity = self._activity_of_all()
+                    watch = activity is not None
                 if activity is not None and ready:
                     activity.wake()
                 if activity is not None and (stuck_why := _stuck(activity, deadline, patience)):
@@ -352,6 +372,12 @@ class RankPool:
                     selector.unregister(waiting.pop(rank))
         hung = sorted([*waiting, *stuck])
         return Outcome(answers, sorted(crashed), hung, self._explain(crashed, hung, why, answers))
+
+    def _activity_of_all(self) -> Activity | None:
+        """None if ranks are on other machines: what those do is not seen here."""
+        assert self._job is not None
+        pids = self._job.processes()
+        return Activity(pids.values()) if len(pids) == self.ranks else None
 
     def _ended_of(self, waiting: dict[int, Channel]) -> list[int]:
         """The ranks that have ended. Their connections stay open in children that they forked."""
@@ -426,6 +452,25 @@ def _place(lines: list[str]) -> list[str]:
     others = ("site-packages", "conformance/ranks", "<frozen")
     own = [frame for frame in frames[1:] if not any(place in frame for place in others)]
     return frames[:1] + own[:1]
+
+
+def _same_versions(loaded: list[Message]) -> dict[str, str]:
+    """The versions of the software of the ranks.
+
+    Raises:
+        StartError: they differ.
+    """
+    first = loaded[0].content
+    for rank, answer in enumerate(loaded):
+        for name, version in answer.content["versions"].items():
+            if version != first["versions"].get(name):
+                raise StartError(
+                    f"all ranks must have the same versions, but rank 0 on {first['host']} has "
+                    f"{name} {first['versions'].get(name)}, and rank {rank} on "
+                    f"{answer.content['host']} has {version}"
+                )
+    versions: dict[str, str] = first["versions"]
+    return versions
 
 
 def _share_of_memory(ranks: int) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from syncbn.launchers import local, msrun
+from syncbn.launchers import local, msrun, torchrun
+from syncbn.launchers.site import Site
 
 
 class Job(Protocol):
@@ -35,7 +36,18 @@ class Job(Protocol):
 
 
 class Launcher(Protocol):
-    """A way to start ranks, as often as necessary."""
+    """A way to start ranks, as often as necessary.
+
+    `secret` is what every rank finds in SYNCBN_KEY, in hexadecimal digits. It never stands on a
+    command line.
+
+    Raises:
+        SiteError: the launcher cannot start ranks on such a site.
+    """
+
+    secret: bytes
+
+    def __init__(self, site: Site) -> None: ...
 
     def start(
         self,
@@ -44,7 +56,10 @@ class Launcher(Protocol):
         environment: Mapping[str, str],
         preload: Sequence[str] = (),
     ) -> Job:
-        """Start `command` on every rank with RANK, WORLD_SIZE, LOCAL_RANK and `environment`.
+        """Start `command` on every rank.
+
+        Its environment has RANK, WORLD_SIZE, LOCAL_RANK, SYNCBN_KEY, and in MASTER_ADDR the host
+        where the ranks meet.
 
         Args:
             command: a program and its arguments. PYTHON -m MODULE has a function `main`.
@@ -56,11 +71,15 @@ class Launcher(Protocol):
             OSError: the program that starts the ranks does not exist, or cannot start them.
         """
 
+    def plan(self, ranks: int, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+        """What `start` would run, without a start: each host with its command line."""
+
     def close(self) -> None:
-        """End what serves all starts. Every job must have been stopped."""
+        """End what serves all starts. Every job must have been stopped. It may start again."""
 
 
-LAUNCHERS: dict[str, Callable[[], Launcher]] = {
+LAUNCHERS: dict[str, Callable[[Site], Launcher]] = {
     "local": local.LocalLauncher,
     "msrun": msrun.MsrunLauncher,
+    "torchrun": torchrun.TorchrunLauncher,
 }

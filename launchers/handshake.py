@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from syncbn.launchers.link import Link
+from syncbn.launchers.site import LOOP_BACK
 
 _NONCE = 32  # bytes
 _PROOF = hashlib.sha256().digest_size
@@ -48,12 +49,26 @@ class _Visitor:
 
 
 class Reception:
-    """A listener on loop-back for the ranks of one start. Use it as a context manager."""
+    """A listener for the ranks of one start. Use it as a context manager.
 
-    def __init__(self, ranks: int, key: bytes, host: str = "127.0.0.1") -> None:
+    Args:
+        ranks: how many there are.
+        key: the key that each must have.
+        host: the address, or its name, on which it listens.
+        port: 0 for any.
+
+    Raises:
+        OSError: it cannot listen there.
+    """
+
+    def __init__(self, ranks: int, key: bytes, host: str = LOOP_BACK, port: int = 0) -> None:
         self._ranks = ranks
         self._key = key
-        self._listener = socket.create_server((host, 0), backlog=_BACKLOG)
+        self._host = host
+        try:
+            self._listener = socket.create_server((host, port), backlog=_BACKLOG)
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -61,8 +76,8 @@ class Reception:
 
     @property
     def address(self) -> str:
-        host, port = self._listener.getsockname()[:2]
-        return f"{host}:{port}"
+        """HOST:PORT, as `connect` takes it."""
+        return f"{self._host}:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> Reception:
         return self

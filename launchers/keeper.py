@@ -1,11 +1,15 @@
-"""The process that keeps the ranks of this machine: their parent, and the heir of all they start.
+"""The process that keeps ranks: their parent, and the heir of all they start.
 
-It is a program of its own, started by syncbn.launchers.local, for three reasons. On Linux it adopts
-the processes that a rank leaves behind, so that it can end them; it ends everything when the
-controller ends, in whatever way; and it imports a framework once, so that a rank is a fork of it
-and starts in a moment. It reads what the ranks write, and keeps the end of it.
+syncbn.launchers.local starts one for all ranks of this machine, and an engine of a cluster one for
+each rank (syncbn.launchers.engine). It is a program of its own for three reasons. On Linux it
+adopts the processes that a rank leaves behind, so that it can end them; it ends everything when
+the controller ends, in whatever way; and it imports a framework once, so that a rank is a fork of
+it and starts in a moment. It reads what the ranks write, and keeps the end of it.
 
-Requests and answers are JSON, one a line, on stdin and stdout.
+Requests and answers are JSON: one a line on stdin and stdout, or messages of a link to the
+controller if there are arguments. These are HOST:PORT of the controller, and the variables in which
+the engine writes rank, number of ranks, and rank on this machine. Then SYNCBN_KEY has the secret,
+and the first message has the place of the rank.
 """
 
 from __future__ import annotations
@@ -17,18 +21,85 @@ import json
 import os
 import selectors
 import signal
+import socket
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from syncbn.launchers.handshake import connect
+from syncbn.launchers.link import Link, WireError
+from syncbn.launchers.site import machine, versions
 
 _KEPT = 1 << 16  # bytes of output that are kept of each rank
 _PIECE = 1 << 16
 _TICK_SECONDS = 0.2  # between looks for processes that have ended
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+class _Connection(Protocol):
+    """The way to the controller."""
+
+    def fileno(self) -> int:
+        """What can be read when requests have arrived."""
+
+    def requests(self) -> Iterator[bytes]:
+        """The requests that have arrived.
+
+        Raises:
+            EOFError, OSError: the controller has ended.
+        """
+
+    def answer(self, answer: bytes) -> None:
+        """Send an answer."""
+
+    def close(self) -> None:
+        """Close it in this process."""
+
+
+class _Pipes:
+    """Requests from a file descriptor, and answers to another one, one a line."""
+
+    def __init__(self, requests: int, answers: int) -> None:
+        self._requests = requests
+        self._answers = answers
+        self._pending = b""
+
+    def fileno(self) -> int:
+        return self._requests
+
+    def requests(self) -> Iterator[bytes]:
+        piece = os.read(self._requests, _PIECE)
+        if not piece:
+            raise EOFError
+        *lines, self._pending = (self._pending + piece).split(b"\n")
+        yield from lines
+
+    def answer(self, answer: bytes) -> None:
+        rest = answer + b"\n"
+        while rest:
+            rest = rest[os.write(self._answers, rest) :]
+
+    def close(self) -> None:
+        os.close(self._requests)
+        os.close(self._answers)
+
+
+class _Linked:
+    """Messages of a link."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.fileno = link.fileno
+        self.answer = link.send
+        self.close = link.close
+
+    def requests(self) -> Iterator[bytes]:
+        yield from iter(self._link.arrived, None)
 
 
 @dataclass
@@ -43,36 +114,32 @@ class Keeper:
     """Serves the requests of the controller until it ends.
 
     Args:
-        requests: the file descriptor to read from.
-        answers: the file descriptor to write to.
+        connection: the way to it.
+        environment: what every rank gets in addition to what a request gives.
     """
 
-    def __init__(self, requests: int, answers: int) -> None:
-        self._requests = requests
-        self._answers = answers
+    def __init__(self, connection: _Connection, environment: Mapping[str, str]) -> None:
+        self._connection = connection
+        self._environment = environment
         self._ranks: list[_Rank] = []
         self._selector = selectors.PollSelector()
-        self._selector.register(requests, selectors.EVENT_READ)
+        self._selector.register(connection, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        pending = b""
         while True:
             ready = [key.fd for key, _ in self._selector.select(_TICK_SECONDS)]
             for rank in self._ranks:
                 if rank.output in ready:
                     self._read(rank)
             self._reap()
-            if self._requests not in ready:
+            if self._connection.fileno() not in ready:
                 continue
-            piece = os.read(self._requests, _PIECE)
-            if not piece:  # the controller has ended
+            try:
+                for request in self._connection.requests():
+                    self._connection.answer(json.dumps(self._do(json.loads(request))).encode())
+            except (EOFError, OSError, WireError):  # the controller has ended
                 self.end_all()
                 return
-            *lines, pending = (pending + piece).split(b"\n")
-            for line in lines:
-                answer = json.dumps(self._do(json.loads(line))).encode() + b"\n"
-                while answer:
-                    answer = answer[os.write(self._answers, answer) :]
 
     def _do(self, request: dict[str, Any]) -> Any:
         if request["do"] == "start":
@@ -108,11 +175,11 @@ class Keeper:
                 self.end_all()
                 return str(error)
             if pid == 0:
-                for own in (self._requests, self._answers, reading):
-                    os.close(own)
+                self._connection.close()
+                os.close(reading)
                 for rank in self._ranks:
                     os.close(rank.output)
-                _be_rank(request, place, writing)
+                _be_rank(request, {**self._environment, **place}, writing)
             os.close(writing)
             os.set_blocking(reading, False)
             self._ranks.append(_Rank(pid, reading))
@@ -170,7 +237,7 @@ class Keeper:
         self._ranks = []
 
 
-def _be_rank(request: dict[str, Any], place: dict[str, str], output: int) -> None:
+def _be_rank(request: dict[str, Any], place: Mapping[str, str], output: int) -> None:
     """Become a rank, in a child process. Does not return."""
     status = 1
     try:
@@ -182,7 +249,7 @@ def _be_rank(request: dict[str, Any], place: dict[str, str], output: int) -> Non
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        os.environ.update(request["environment"] | place)
+        os.environ.update({**request["environment"], **place})
         if request["module"]:
             importlib.import_module(request["module"]).main()
             status = 0
@@ -231,15 +298,34 @@ def _control(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def main() -> None:
+def _dial(address: str, *variables: str) -> tuple[_Connection, dict[str, str]]:
+    """Connect to the controller. Returns the connection, and what a rank needs to connect as well.
+
+    Raises:
+        OSError: that is not possible.
+    """
+    secret = os.environ.pop("SYNCBN_KEY")
+    place = {name: os.environ[its] for name, its in zip(_OURS, variables, strict=True)}
+    link = connect(address, bytes.fromhex(secret), int(place["RANK"]))
+    about = {"host": socket.gethostname(), "machine": machine(), "versions": versions()}
+    link.send(json.dumps(about | {"environment": place}).encode())
+    return _Linked(link), {"SYNCBN_KEY": secret}
+
+
+def main(arguments: Sequence[str]) -> None:
     """Serve on copies of stdin and stdout, which are not for what an import may print."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the controller handles them, and its end ends all
-    requests, answers = os.dup(0), os.dup(1)
+    connection: _Connection = _Pipes(os.dup(0), os.dup(1))
+    environment: dict[str, str] = {}
+    if arguments:
+        connection.close()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as the engine ends its processes
+        connection, environment = _dial(*arguments)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     _control(_PR_SET_CHILD_SUBREAPER, 1)
-    keeper = Keeper(requests, answers)
+    keeper = Keeper(connection, environment)
     try:
         keeper.serve()
     except BaseException:
@@ -249,4 +335,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

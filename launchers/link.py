@@ -13,6 +13,7 @@ import hmac
 import select
 import socket
 import struct
+import sys
 import time
 
 _LENGTH = struct.Struct("<Q")
@@ -20,6 +21,8 @@ _NUMBER = struct.Struct("<Q")
 _PROOF = 32  # bytes
 _MAX_LENGTH = 512 << 20  # bytes; the largest answers have a few megabytes
 _PIECE = 1 << 18  # bytes that are read at once
+_KEEP_ALIVE_SECONDS = 10  # between signs of life while nothing is sent
+_LOST_SECONDS = 40  # without a sign of life, after which the other side is gone
 
 
 class WireError(ValueError):
@@ -95,6 +98,13 @@ class Link:
         self._socket = connection
         self._socket.setblocking(True)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if sys.platform == "linux":  # the end of a machine, or of the way to it, is seen in time
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_SECONDS)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEP_ALIVE_SECONDS)
+            self._socket.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _LOST_SECONDS
+            )
         self._seal = Seal(sends)
         self._opener = Opener(Seal(receives))
 
@@ -127,14 +137,22 @@ class Link:
                 if left <= 0 or not select.select([], [self], [], left)[1]:
                     raise TimeoutError(f"{len(rest)} bytes of a message were not taken") from None
 
-    def receive(self) -> bytes:
+    def receive(self, seconds: float | None = None) -> bytes:
         """Wait for the next message.
 
+        Args:
+            seconds: the time in which it must have arrived; None for any time.
+
         Raises:
+            TimeoutError: it has not arrived in time.
             EOFError, OSError: the other side is gone.
             WireError: what arrived is no message.
         """
+        end = None if seconds is None else time.monotonic() + seconds
         while (message := self._opener.next()) is None:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not select.select([self], [], [], left)[0]:
+                raise TimeoutError("no message arrived")
             self._read(0)
         return message
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from syncbn.launchers.site import LOOP_BACK, Site, SiteError
+
+_KEEPER = (sys.executable, "-m", "syncbn.launchers.keeper")
 _END_SECONDS = 10.0  # in which the keeper ends
 _ANSWER_SECONDS = 120.0  # in which the keeper answers; the first answer waits for its imports
 
@@ -25,7 +30,10 @@ class KeeperError(OSError):
 class LocalLauncher:
     """Starts ranks as children of one keeper, which stays for all starts."""
 
-    def __init__(self) -> None:
+    def __init__(self, site: Site) -> None:
+        if site.hosts:
+            raise SiteError("hosts must not be given for launcher local: it starts ranks here")
+        self.secret = secrets.token_bytes(32)
         self._keeper: _Connection | None = None
 
     def start(
@@ -39,7 +47,13 @@ class LocalLauncher:
             self.close()
             self._keeper = _Connection(environment)
         places = [
-            {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+            {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": LOOP_BACK,
+                "SYNCBN_KEY": self.secret.hex(),
+            }
             for rank in range(ranks)
         ]
         # A module can run in a fork of the keeper. Any other command is executed.
@@ -58,6 +72,9 @@ class LocalLauncher:
         if failed:
             raise OSError(f"cannot start ranks: {failed}")
         return LocalJob(self._keeper, ranks)
+
+    def plan(self, ranks: int, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+        return [(LOOP_BACK, shlex.join(_KEEPER))]
 
     def close(self) -> None:
         if self._keeper is not None:
@@ -113,7 +130,7 @@ class _Connection:
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "syncbn.launchers.keeper"],
+            _KEEPER,
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

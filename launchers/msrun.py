@@ -12,15 +12,18 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import secrets
+import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from syncbn.launchers.site import LOOP_BACK, Site, SiteError, free_port
 
 _MARK = "SYNCBN_MSRUN"
 _KEPT = 1 << 16  # bytes of output that are shown of each rank
@@ -31,6 +34,11 @@ _SCHEDULER = "from mindspore.communication import init; init()"
 class MsrunLauncher:
     """Calls msrun for each start."""
 
+    def __init__(self, site: Site) -> None:
+        if site.hosts:
+            raise SiteError("hosts must not be given for launcher msrun: it starts ranks here")
+        self.secret = secrets.token_bytes(32)
+
     def start(
         self,
         command: Sequence[str],
@@ -38,7 +46,11 @@ class MsrunLauncher:
         environment: Mapping[str, str],
         preload: Sequence[str] = (),  # each rank of msrun is a program of its own
     ) -> MsrunJob:
-        return MsrunJob(command, ranks, environment)
+        return MsrunJob(command, ranks, {**environment, "SYNCBN_KEY": self.secret.hex()})
+
+    def plan(self, ranks: int, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+        logs = Path(tempfile.gettempdir(), "syncbn-msrun-...")
+        return [(LOOP_BACK, shlex.join(_msrun(ranks, free_port(), logs, ["..."])))]
 
     def close(self) -> None:
         """Nothing outlives a job."""
@@ -61,20 +73,10 @@ class MsrunJob:
         self._logs = Path(tempfile.mkdtemp(prefix="syncbn-msrun-"))
         # msrun starts the first python3 in PATH, which must be this one.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        options = {
-            "worker_num": ranks,
-            "local_worker_num": ranks,
-            "master_port": _free_port(),
-            "log_dir": self._logs,
-        }
         # The scheduler reads the pipe, so that it ends with the controller.
         with self._own_log.open("wb") as log:
             self._msrun = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mindspore.parallel.cluster.run"),
-                    *(f"--{name}={value}" for name, value in options.items()),
-                    *("python3", __file__, *command),
-                ],
+                _msrun(ranks, free_port(), self._logs, command),
                 env={**os.environ, **environment, "PATH": path, _MARK: str(self._logs)},
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -157,11 +159,19 @@ def _end_of(log: Path) -> str:
         return file.read().replace(b"\0", b"").decode(errors="replace")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _msrun(ranks: int, port: int, logs: Path, command: Sequence[str]) -> list[str]:
+    """The command line of msrun."""
+    options = {
+        "worker_num": ranks,
+        "local_worker_num": ranks,
+        "master_port": port,
+        "log_dir": logs,
+    }
+    return [
+        *(sys.executable, "-m", "mindspore.parallel.cluster.run"),
+        *(f"--{name}={value}" for name, value in options.items()),
+        *("python3", __file__, *command),
+    ]
 
 
 def _schedule() -> None:
@@ -177,6 +187,7 @@ def _become(command: list[str]) -> None:
     os.environ["RANK"] = os.environ["MS_NODE_ID"]
     os.environ["WORLD_SIZE"] = os.environ["MS_WORKER_NUM"]
     os.environ["LOCAL_RANK"] = os.environ["DEVICE_ID"]
+    os.environ["MASTER_ADDR"] = os.environ["MS_SCHED_HOST"]
     os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())
     os.execvp(command[0], command)
 

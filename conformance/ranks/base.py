@@ -91,7 +91,10 @@ class Rank(ABC):
 
     @abstractmethod
     def host(self) -> int:
-        """The port where the ranks are to meet, a new number every time. Only rank 0 hosts."""
+        """The port of MASTER_ADDR where the ranks are to meet, a new number every time.
+
+        Only rank 0 hosts.
+        """
 
     @abstractmethod
     def join(self, port: int) -> None:

@@ -26,13 +26,13 @@ from mindspore.ops.auto_generate import gen_ops_prim
 from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
 from syncbn.conformance.case import Case, Step
+from syncbn.conformance.ranks import network
 from syncbn.conformance.ranks.base import Rank, Unsupported, by_role
 from syncbn.conformance.ranks.process import Setting
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 
 T = TypeVar("T")
 
-_LOOP_BACK = "127.0.0.1"
 _DEVICES = {"cpu": ("CPU", "mccl"), "npu": ("Ascend", "hccl")}
 _MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 _FLOATING = ("bfloat16", "float16", "float32", "float64")
@@ -58,7 +58,7 @@ class MindSporeRank(Rank):
             raise ValueError(f"device must be one of {known}, got {target['device']!r}")
         self.platform, self.collectives = _DEVICES[target["device"]]
         # Otherwise MindSpore takes the first network interface that it finds.
-        os.environ.setdefault("MS_WORKER_IP", _LOOP_BACK)
+        os.environ.setdefault("MS_WORKER_IP", network.own_address())
         if self.platform == "CPU":
             ms.set_device(self.platform)
         else:
@@ -80,7 +80,7 @@ class MindSporeRank(Rank):
     def host(self) -> int:
         # A free port, because MindSpore's store cannot choose one. Later it is just a new number.
         with socket.socket() as probe:
-            probe.bind((_LOOP_BACK, 0))
+            probe.bind((network.meeting(), 0))
             port: int = probe.getsockname()[1]
         return port
 
@@ -90,7 +90,7 @@ class MindSporeRank(Rank):
         elif "MS_ROLE" in os.environ:  # msrun has brought the ranks together
             communication.init()
         else:
-            store = dist.TCPStore(_LOOP_BACK, port, self.ranks, self.rank == 0, _TIMEOUT)
+            store = dist.TCPStore(network.meeting(), port, self.ranks, self.rank == 0, _TIMEOUT)
             _init_with_store(self.collectives, _TIMEOUT, self.ranks, self.rank, store)
         self.joined = True
 

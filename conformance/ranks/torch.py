@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.frameworks import FRAMEWORKS
+from syncbn.conformance.ranks import network
 from syncbn.conformance.ranks.base import Rank, by_role
 from syncbn.conformance.ranks.process import Setting
 from syncbn.conformance.ranks.substitutes import torch as substitutes
@@ -31,8 +32,6 @@ from syncbn.conformance.ranks.substitutes import torch as substitutes
 T = TypeVar("T")
 
 _RANK_IDS = "the target takes a ProcessGroup, and torch checks the rank ids of that"
-
-_LOOP_BACK = "127.0.0.1"
 
 
 class TorchRank(Rank):
@@ -48,7 +47,7 @@ class TorchRank(Rank):
             # NCCL refuses two ranks on one device of one host, so each rank is a host of its own.
             os.environ["NCCL_HOSTID"] = f"syncbn-rank-{rank}"
         # Otherwise gloo listens on the address that the name of the machine has.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", socket.if_nameindex()[0][1])
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", network.own_interface())
         if target["rung"] == "interpreted":
             os.environ["TRITON_INTERPRET"] = "1"
         if target["rung"] == "substituted":
@@ -71,10 +70,10 @@ class TorchRank(Rank):
     def host(self) -> int:
         if self.store is None:
             # By itself the store listens on every address of the machine, and takes any writer.
-            with socket.create_server((_LOOP_BACK, 0), backlog=self.ranks) as listener:
+            with socket.create_server((network.meeting(), 0), backlog=self.ranks) as listener:
                 port = listener.getsockname()[1]
                 self.store = TCPStore(
-                    _LOOP_BACK,
+                    network.meeting(),
                     port,
                     self.ranks,
                     True,
@@ -90,7 +89,7 @@ class TorchRank(Rank):
         self.groups = {}
         # One store for all worlds: every sixth client of a second store waits for 5 s.
         if self.store is None:
-            self.store = TCPStore(_LOOP_BACK, port, self.ranks, False)
+            self.store = TCPStore(network.meeting(), port, self.ranks, False)
         self.worlds += 1
         store = PrefixStore(f"world {self.worlds}", self.store)
         dist.init_process_group(

@@ -13,6 +13,7 @@ import os
 import queue
 import resource
 import signal
+import socket
 import threading
 import traceback
 from typing import Any
@@ -42,7 +43,7 @@ def serve(channel: Channel, rank: int, ranks: int, local_rank: int) -> None:
         try:
             if content["do"] == "load":
                 member = _load(content["target"], rank, ranks, local_rank)
-                answer = {"versions": member.versions()}
+                answer = {"versions": member.versions(), "host": socket.gethostname()}
             elif member is None:
                 raise RuntimeError("the first job must be to load a target")
             elif content["do"] == "sources":

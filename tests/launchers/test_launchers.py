@@ -21,6 +21,7 @@ from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
 from syncbn.launchers import LAUNCHERS, Job
+from syncbn.launchers.site import Site
 
 ROOT = Path(__file__).parents[2]
 MARK = f"SYNCBN_TEST_{os.getpid()}"  # these tests may run twice at the same time
@@ -61,7 +62,8 @@ print("rank", communication.get_rank(), "has", float(total[0]), flush=True)
 CONTROLLER = """
 import os, sys, time
 from syncbn.launchers import LAUNCHERS
-launcher = LAUNCHERS["msrun"]()
+from syncbn.launchers.site import Site
+launcher = LAUNCHERS["msrun"](Site())
 job = launcher.start([sys.executable, "-c", ""], 2, {sys.argv[1]: sys.argv[2]})
 while sorted(job.ended()) != [0, 1]:
     time.sleep(0.1)
@@ -96,7 +98,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 60.0) -> None:
 @contextlib.contextmanager
 def started(launcher: str, mark: str, script: str, **environment: str) -> Iterator[Job]:
     command = [sys.executable, "-c", script]
-    starter = LAUNCHERS[launcher]()
+    starter = LAUNCHERS[launcher](Site())
     with contextlib.closing(starter):
         job = starter.start(command, 2, {MARK: mark, "SAID": "hello"} | environment)
         try:
@@ -175,8 +177,9 @@ time.sleep(300)
 CONTROLLER_OF_LEAVES = """
 import os, sys, time
 from syncbn.launchers import LAUNCHERS
+from syncbn.launchers.site import Site
 mark, value, leaves = sys.argv[1:]
-launcher = LAUNCHERS["local"]()
+launcher = LAUNCHERS["local"](Site())
 job = launcher.start([sys.executable, "-c", leaves], 2, {mark: value})
 while "has left" not in job.output(0) or "has left" not in job.output(1):
     time.sleep(0.1)

@@ -1,0 +1,325 @@
+"""Ranks that an engine of a cluster places, such as torchrun. One keeper in the place of each rank.
+
+The engine starts a keeper (syncbn.launchers.keeper) on every node for every rank. Each connects to
+the controller, and then starts, watches and ends its rank on request. So the controller handles the
+ranks of all engines alike, new ranks need no new start of the engine, and output and stacks of
+ranks on other machines come back over these connections.
+
+The secret of the ranks goes to each node through stdin of what starts the engine there, never on a
+command line and never in a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any
+
+from syncbn.launchers.handshake import Reception
+from syncbn.launchers.link import Link, WireError
+from syncbn.launchers.local import describe
+from syncbn.launchers.site import LOOP_BACK, Site, is_here, machine, versions
+
+_START_SECONDS = 120.0  # in which all keepers connect, and in which each imports a framework
+_ANSWER_SECONDS = 10.0  # in which a keeper answers anything else
+_END_SECONDS = 10.0  # in which the engine ends after its keepers
+
+
+class EngineError(OSError):
+    """The engine did not start the keepers, or has lost one. The message is one line."""
+
+
+class EngineLauncher(ABC):
+    """Starts an engine once, and ranks in its places as often as necessary."""
+
+    name: str  # of the engine
+    variables: tuple[str, str, str]  # for rank, number of ranks, and rank on its machine
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.secret = secrets.token_bytes(32)
+        self._keepers: Keepers | None = None
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises:
+        FileNotFoundError: the engine is not installed here. The message has what to install.
+        """
+
+    @abstractmethod
+    def commands(self, ranks: int, keeper: Sequence[str]) -> list[list[str]]:
+        """The command that starts the engine on each node.
+
+        Args:
+            ranks: of all nodes.
+            keeper: the program that the engine must start for every rank, and its arguments.
+        """
+
+    def reason(self, log: str) -> str:
+        """The line of an engine's output that has the reason for its end."""
+        return (log.splitlines() or [""])[-1].strip()
+
+    def plan(self, ranks: int, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+        port = str(self.site.port + 1) if self.site.port else "PORT"
+        scripts = self._scripts(ranks, environment, f"{self.site.listen}:{port}")
+        return [(host, shlex.join(self._words(host, script))) for host, script in scripts]
+
+    def start(
+        self,
+        command: Sequence[str],
+        ranks: int,
+        environment: Mapping[str, str],
+        preload: Sequence[str] = (),
+    ) -> EngineJob:
+        if self._keepers is None:
+            self.check()
+            self._keepers = Keepers(self, ranks, environment)
+        job = EngineJob(self._keepers)
+        module = command[2] if tuple(command[:2]) == (sys.executable, "-m") else None
+        self._keepers.start(
+            {
+                "do": "start",
+                "command": list(command),
+                "module": module if preload else None,
+                "preload": list(preload),
+                "environment": dict(environment),
+            }
+        )
+        return job
+
+    def close(self) -> None:
+        if self._keepers is not None:
+            self._keepers.close()
+            self._keepers = None
+            self.secret = secrets.token_bytes(32)  # what was not reached must not come back
+
+    def open(self, ranks: int, environment: Mapping[str, str], address: str) -> list[Node]:
+        """Start the engine on every node."""
+        nodes: list[Node] = []
+        try:
+            for host, script in self._scripts(ranks, environment, address):
+                nodes.append(Node(self, host, self._words(host, script)))
+        except BaseException:
+            for node in nodes:
+                node.close()
+            raise
+        return nodes
+
+    def _scripts(
+        self, ranks: int, environment: Mapping[str, str], address: str
+    ) -> Iterable[tuple[str, str]]:
+        """Host and shell script of each node."""
+        keeper = ["-m", "syncbn.launchers.keeper", address, *self.variables]
+        given = [f"{name}={value}" for name, value in environment.items()]
+        hosts = self.site.hosts or (LOOP_BACK,)
+        for host, command in zip(hosts, self.commands(ranks, keeper), strict=True):
+            run = shlex.join(["exec", "env", *given, *command])
+            folder = shlex.quote(os.getcwd())
+            yield host, f"read -r SYNCBN_KEY && export SYNCBN_KEY && cd {folder} && {run}"
+
+    def _words(self, host: str, script: str) -> list[str]:
+        if is_here(host):
+            return ["sh", "-c", script]
+        return [*self.site.agent, host, f"sh -c {shlex.quote(script)}"]
+
+
+class Node:
+    """The engine on one node, or the agent that runs it there."""
+
+    def __init__(self, launcher: EngineLauncher, host: str, words: Sequence[str]) -> None:
+        self._launcher = launcher
+        self._host = host
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
+        self._process = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in a terminal reaches only the controller
+        )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `ended` has the reason
+            self._process.stdin.write(launcher.secret.hex().encode() + b"\n")
+            self._process.stdin.flush()
+
+    def ended(self) -> str:
+        """How the engine has ended on this node; empty if it has not."""
+        code = self._process.poll()
+        if code is None:
+            return ""
+        self._log.seek(0)
+        reason = self._launcher.reason(self._log.read().decode(errors="replace"))
+        how = f"{self._launcher.name} on {self._host} ended: {describe(code)}"
+        return f"{how} ({reason})" if reason else how
+
+    def close(self) -> None:
+        """Wait until the engine has ended after its keepers, or kill it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_SECONDS)
+        with contextlib.suppress(ProcessLookupError):  # what it has left of its session
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+
+class Keepers:
+    """The keepers of all ranks, and what started them.
+
+    Raises:
+        EngineError: they do not start, or they differ in their versions.
+    """
+
+    def __init__(
+        self, launcher: EngineLauncher, ranks: int, environment: Mapping[str, str]
+    ) -> None:
+        site = launcher.site
+        self._links: dict[int, Link] = {}
+        self._lost: dict[int, str] = {}  # by rank, how
+        port = site.port and site.port + 1
+        with Reception(ranks, launcher.secret, site.listen, port) as reception:
+            self._nodes = launcher.open(ranks, environment, reception.address)
+            try:
+                self._links = reception.gather(_START_SECONDS, self._look)
+                if missing := sorted(set(range(ranks)) - set(self._links)):
+                    raise EngineError(f"no keeper of rank {missing[0]} has connected")
+                self.places = self._introduced(site)
+            except BaseException:
+                self.close()
+                raise
+
+    def _look(self, missing: set[int]) -> None:
+        if ended := self._ended():
+            raise EngineError(ended)
+
+    def _introduced(self, site: Site) -> dict[int, dict[str, Any]]:
+        """What every keeper says of its place. The first message of each has it."""
+        said = self._answers(self._links, _ANSWER_SECONDS)
+        if self._lost:
+            raise EngineError(self.failure())
+        own = versions()
+        for rank, place in sorted(said.items()):
+            if place["versions"] != own:
+                raise EngineError(
+                    f"rank {rank} on {place['host']} has {_words(place['versions'])}, and the "
+                    f"controller has {_words(own)}"
+                )
+            place["environment"]["MASTER_ADDR"] = site.meeting
+        return said
+
+    def start(self, request: dict[str, Any]) -> None:
+        requests = {
+            rank: request | {"places": [place["environment"]]}
+            for rank, place in self.places.items()
+        }
+        failed = self.ask(requests, _START_SECONDS)
+        if failure := self.failure():
+            raise EngineError(failure)
+        for rank, reason in failed.items():
+            if reason:
+                raise EngineError(f"cannot start rank {rank}: {reason}")
+
+    def ask_all(self, request: dict[str, Any]) -> dict[int, Any]:
+        """The answer of every keeper that is not lost."""
+        return self.ask(dict.fromkeys(self._links, request), _ANSWER_SECONDS)
+
+    def ask(self, requests: Mapping[int, dict[str, Any]], seconds: float) -> dict[int, Any]:
+        """The answers by rank. A keeper that does not answer in time is lost."""
+        asked = []
+        for rank, request in requests.items():
+            if rank in self._lost:
+                continue
+            try:
+                self._links[rank].send(json.dumps(request).encode(), seconds)
+                asked.append(rank)
+            except OSError as error:
+                self._lose(rank, error)
+        return self._answers(asked, seconds)
+
+    def _answers(self, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
+        answers, end = {}, time.monotonic() + seconds
+        for rank in ranks:
+            try:
+                left = max(0.0, end - time.monotonic())
+                answers[rank] = json.loads(self._links[rank].receive(left))
+            except (EOFError, OSError, WireError) as error:
+                self._lose(rank, error)
+        return answers
+
+    def _lose(self, rank: int, error: Exception) -> None:
+        where = f" on {self.places[rank]['host']}" if hasattr(self, "places") else ""
+        how = "does not answer" if isinstance(error, TimeoutError) else f"is lost: {error}"
+        self._lost[rank] = f"the keeper of rank {rank}{where} {how}"
+
+    def lost(self) -> dict[int, str]:
+        """How keepers were lost, by rank."""
+        return dict(self._lost)
+
+    def failure(self) -> str:
+        """Why keepers are lost; empty if none is, whatever the engine does."""
+        first = list(self._lost.values())[:1]
+        return "; ".join(filter(None, [*first, self._ended()])) if first else ""
+
+    def _ended(self) -> str:
+        """How the engine has ended on the first node on which it has; empty if it has not."""
+        return next((how for node in self._nodes if (how := node.ended())), "")
+
+    def close(self) -> None:
+        """End all keepers, each of which ends its rank first, and the engine."""
+        for link in self._links.values():
+            link.close()
+        for node in self._nodes:
+            node.close()
+
+
+class EngineJob:
+    """The ranks of one start."""
+
+    def __init__(self, keepers: Keepers) -> None:
+        self._keepers = keepers
+
+    def processes(self) -> dict[int, int]:
+        """Of this machine only: the number of a process means nothing on another one."""
+        looks = self._keepers.ask_all({"do": "look"})
+        own = machine()
+        places = self._keepers.places
+        return {
+            rank: look["pids"][0]
+            for rank, look in looks.items()
+            if look["pids"] and places[rank]["machine"] == own
+        }
+
+    def dump_stacks(self) -> None:
+        self._keepers.ask_all({"do": "signal", "signal": int(signal.SIGUSR1)})
+
+    def ended(self) -> dict[int, str]:
+        looks = self._keepers.ask_all({"do": "look"})
+        ended = {rank: look["ended"]["0"] for rank, look in looks.items() if look["ended"]}
+        return self._keepers.lost() | {rank: describe(code) for rank, code in ended.items()}
+
+    def failure(self) -> str:
+        self._keepers.ask_all({"do": "look"})
+        return self._keepers.failure()
+
+    def output(self, rank: int) -> str:
+        answers = self._keepers.ask({rank: {"do": "output", "rank": 0}}, _ANSWER_SECONDS)
+        return str(answers.get(rank, ""))
+
+    def stop(self) -> None:
+        self._keepers.ask_all({"do": "stop"})
+
+
+def _words(found: Mapping[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in found.items())

@@ -1,0 +1,84 @@
+"""The options that say where ranks start: what fits together, and what is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from syncbn.conformance.__main__ import main
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line on stderr of a command that is refused."""
+    try:
+        status = main(["run", *arguments])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("--nodes 2", "hosts must name the 2 nodes"),
+        ("--nodes 2 --hosts a", "hosts must name 2 nodes, got a"),
+        ("--nodes 2 --hosts 127.0.0.1,127.0.0.1", "must not be given for launcher local"),
+        ("--nodes 2 --hosts a,b --launcher torchrun", "listen must be an address that the other"),
+        ("--listen 0.0.0.0:0", "listen must be an address that ranks can connect to"),
+        ("--listen 127.0.0.1", "must be HOST:PORT"),
+        ("--listen 127.0.0.1:65535", "must be HOST:PORT"),
+        ("--hosts=-oProxyCommand=x", "must be names or IPv4 addresses"),
+        ("--hosts a,,b", "must be names or IPv4 addresses with commas, got ''"),
+        ("--agent=", "must name a program"),
+        ("--nodes 2 --ranks-per-node 2 --ranks 3", "--ranks must be --nodes times"),
+        ("--nodes 0", "must be an int from 1"),
+        (
+            "--launcher torchrun --nodes 2 --hosts 127.0.0.1,127.0.0.1 --ranks 3",
+            "ranks must be a multiple of the 2 nodes, got 3",
+        ),
+    ],
+)
+def test_what_does_not_fit_together(
+    arguments: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert text in refusal(arguments.split(" "), capsys)
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4"}, "torchrun"),
+        ({"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "4"}, "msrun"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}, "mpirun"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun"),
+    ],
+)
+def test_inside_a_launcher_there_is_no_second_controller(
+    variables: dict[str, str],
+    launcher: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    line = refusal([], capsys)
+    assert f"{launcher} has started this command 4 times" in line
+    assert "--ranks 4` once" in line
+    for name in variables:
+        if variables[name] == "4":
+            monkeypatch.setenv(name, "1")  # one process may be the controller
+    assert main(["run", "--dry-run"]) == 0
+
+
+def test_a_dry_run_prints_the_command_of_every_node(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--launcher torchrun --nodes 2 --ranks-per-node 3 --hosts 127.0.0.1,b.test"
+    arguments += " --agent my-agent --listen a.test:7000"
+    assert main(["run", "--dry-run", *arguments.split(" ")]) == 0
+    here, there = capsys.readouterr().out.splitlines()
+    assert here.startswith("127.0.0.1: sh -c 'read -r SYNCBN_KEY")
+    assert there.startswith("b.test: my-agent b.test ")
+    for number, line in enumerate((here, there)):
+        assert f"--node-rank={number} --nproc-per-node=3" in line
+        assert "--nnodes=2 --master-addr=127.0.0.1" in line
+        assert "-m syncbn.launchers.keeper a.test:7001 RANK WORLD_SIZE LOCAL_RANK" in line

@@ -1,0 +1,148 @@
+"""Launchers whose engine places a keeper for every rank: what is started, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from syncbn.conformance import runner, targets
+from syncbn.conformance.case import Case, Step
+from syncbn.conformance.pool import RankPool, StartError
+from syncbn.launchers import LAUNCHERS, engine
+from syncbn.launchers.site import Site
+
+STEP = Step(((2, 3, 3), (3, 3, 3)))
+GOOD = Case("FWD-1", "good", 2, {"num_features": 3}, (STEP,), ("y",))
+HERE = "127.0.0.1"
+TWO_NODES = Site(nodes=2, hosts=(HERE, HERE))  # that are the same machine
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    """Two nodes of torchrun with a rank each."""
+    with RankPool(targets.parse("syncbn.torch"), 2, "torchrun", site=TWO_NODES) as found:
+        found.start()
+        yield found
+
+
+def keepers(pool: RankPool) -> list[int]:
+    """The parents of the ranks."""
+    assert pool._job is not None
+    status = [Path(f"/proc/{pid}/status").read_text() for pid in pool._job.processes().values()]
+    return [int(text.split("PPid:")[1].split()[0]) for text in status]
+
+
+def engines(pool: RankPool) -> set[int]:
+    """The processes of torchrun, which are the parents of the keepers."""
+    status = [Path(f"/proc/{pid}/status").read_text() for pid in keepers(pool)]
+    return {int(text.split("PPid:")[1].split()[0]) for text in status}
+
+
+def wait_until_ended(*pids: int) -> None:
+    """A process that its parent has not collected yet has ended as well."""
+    end = time.monotonic() + 30
+    for pid in pids:
+        while (place := Path(f"/proc/{pid}/stat")).exists() and time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                if place.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                    break
+            time.sleep(0.05)
+    assert time.monotonic() < end, "it did not happen in time"
+
+
+def test_each_node_has_a_torchrun_of_its_own(pool: RankPool) -> None:
+    assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+    assert len(engines(pool)) == 2
+    words = [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in engines(pool)]
+    assert {"--node-rank=0", "--node-rank=1"} <= {word for each in words for word in each}
+
+
+def test_the_secret_stands_on_no_command_line(pool: RankPool) -> None:
+    secret = pool._launcher.secret.hex()
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert not any(secret.encode() in line for line in lines)
+    shown = " ".join(command for _, command in pool.plan())
+    assert "torch.distributed.run" in shown
+    assert secret not in shown
+
+
+def test_new_ranks_need_no_new_engine(pool: RankPool) -> None:
+    before = keepers(pool)
+    assert pool._job is not None
+    os.kill(pool._job.processes()[1], signal.SIGKILL)
+    found = runner.run_case(pool, GOOD).verdict
+    assert found.verdict == "crash"
+    assert "rank 1 died (signal 9, SIGKILL)" in str(found.message)
+    assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+    assert keepers(pool) == before
+
+
+def test_what_was_written_by_a_rank_comes_back(pool: RankPool) -> None:
+    assert pool._job is not None
+    pool._job.dump_stacks()
+    end = time.monotonic() + 20
+    while "in serve" not in pool._job.output(1) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert "in serve" in pool._job.output(1)
+
+
+@pytest.mark.parametrize("of", ["keeper", "torchrun"])
+def test_the_end_of_the_engine_is_no_fault_of_the_layer(pool: RankPool, of: str) -> None:
+    assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+    old, secret = [*keepers(pool), *engines(pool)], pool._launcher.secret
+    if of == "keeper":
+        os.kill(old[1], signal.SIGKILL)
+        wait_until_ended(old[1])
+    else:
+        os.kill(old[-1], signal.SIGTERM)  # which it passes on to its keepers
+        wait_until_ended(old[-1])
+    found = runner.run_case(pool, GOOD).verdict
+    assert found.verdict == "error"
+    assert "the keeper of rank " in str(found.message)
+    assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+    assert pool._launcher.secret != secret  # so that what is left of the old ones is refused
+    wait_until_ended(*old)
+
+
+def test_keepers_go_on_without_a_torchrun_that_is_killed(pool: RankPool) -> None:
+    old = max(engines(pool))
+    os.kill(old, signal.SIGKILL)
+    wait_until_ended(old)
+    starts = pool.starts
+    assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+    assert pool.starts == starts
+    left = keepers(pool)
+    pool.close()
+    wait_until_ended(*left)
+
+
+def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"syncbn": "9.9", "python": "3.11"}
+    monkeypatch.setattr(engine, "versions", lambda: own)
+    with (
+        contextlib.closing(LAUNCHERS["torchrun"](Site())) as launcher,
+        pytest.raises(
+            engine.EngineError, match=r"rank 0 on \S+ has syncbn .* controller has syncbn 9\.9 and"
+        ),
+    ):
+        launcher.start([sys.executable, "-c", ""], 1, {})
+
+
+def test_an_engine_that_cannot_start_names_the_host_and_the_reason() -> None:
+    agent = ("sh", "-c", "echo no route to $0 >&2; exit 255")
+    # An address that RFC 5737 keeps for documents is no machine of anyone.
+    site = Site(nodes=2, hosts=(HERE, "192.0.2.1"), agent=agent, listen=socket.gethostname())
+    pool = RankPool(targets.parse("syncbn.torch"), 2, "torchrun", site=site)
+    with pytest.raises(
+        StartError,
+        match=r"torchrun on 192\.0\.2\.1 ended: exit status 255 \(no route to 192\.0\.2\.1\)",
+    ):
+        pool.start()
