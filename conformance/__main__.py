@@ -225,6 +225,7 @@ def _output() -> Console:
 
 
 def _certify(options: argparse.Namespace) -> int:
+    sites.refuse_copies(os.environ)
     product = load_product(options.product)
     maker = Maker(
         _target(options),
@@ -445,6 +446,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     certify = add("certify", _certify, "make all runs of a certificate, and a package of them")
     _add_target(certify)
+    sites.add_launcher(certify)
     _add_level(certify)
     certify.add_argument(
         "--product",

@@ -29,14 +29,19 @@ class SiteOptionsError(ConformanceError):
     """The options do not describe machines on which ranks can start. The message is one line."""
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --launcher, --ranks and those that describe several machines."""
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """Add --launcher."""
     parser.add_argument(
         "--launcher",
         default="local",
         choices=tuple(LAUNCHERS),
         help="what starts the ranks (default local)",
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add --launcher, --ranks and those that describe several machines."""
+    add_launcher(parser)
     parser.add_argument(
         "--ranks",
         type=number_of_ranks,
@@ -82,7 +87,7 @@ def complete(options: argparse.Namespace) -> None:
         SiteOptionsError: they do not fit together, or a launcher has started this process several
             times.
     """
-    _refuse_copies(os.environ)
+    refuse_copies(os.environ)
     if options.ranks_per_node is not None:
         product = options.nodes * options.ranks_per_node
         if options.ranks not in (None, product) or product > MOST_RANKS:
@@ -101,8 +106,12 @@ def complete(options: argparse.Namespace) -> None:
         raise SiteOptionsError(str(error)) from error
 
 
-def _refuse_copies(environment: Mapping[str, str]) -> None:
-    """One controller starts all ranks, so a launcher must not start several controllers."""
+def refuse_copies(environment: Mapping[str, str]) -> None:
+    """One controller starts all ranks, so a launcher must not start several controllers.
+
+    Raises:
+        SiteOptionsError: one has.
+    """
     for launcher, (always, number) in _STARTED_BY.items():
         count = environment.get(number, "1")
         if always in environment and count != "1":
