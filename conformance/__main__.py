@@ -44,7 +44,14 @@ from syncbn.conformance.place import Place
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.selection import Selection
 from syncbn.launchers.site import SiteError
-from syncbn.reports.commands import add_baseline, add_commands, add_gate, new_file
+from syncbn.reports.commands import (
+    add_baseline,
+    add_commands,
+    add_compare,
+    add_gate,
+    add_html,
+    new_file,
+)
 from syncbn.reports.console import PatientConsole
 from syncbn.reports.schema import parse
 from syncbn.reports.text import one_line, printable
@@ -481,6 +488,8 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands.add_parser("report", help="show the report of a run"))
     add_baseline(command("baseline", "write what the gate expects of later runs"))
     add_gate(command("gate", "compare a run with its baseline: whatever changed fails"))
+    add_compare(command("compare", "show two reports next to each other"))
+    add_html(command("html", "write a report as one HTML page"))
     add("targets", _targets, "list what --target accepts")
     listing = add("list", _list, "list the cases: id, clause, title")
     _add_ranks(listing)

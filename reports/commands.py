@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 from datetime import datetime, timezone
 from pathlib import Path
 
+from syncbn.reports import compare
 from syncbn.reports.baseline import baseline, load_baseline, text
 from syncbn.reports.console import PatientConsole
 from syncbn.reports.document import Report, load
@@ -15,6 +17,7 @@ from syncbn.reports.files import write
 from syncbn.reports.findings import findings
 from syncbn.reports.gate import MAX_GROWTH, MAX_SLOWDOWN, RATIO_FLOOR, gate
 from syncbn.reports.gate_views import ANNOTATIONS, gate_junit, lines, summary
+from syncbn.reports.page import page
 from syncbn.reports.table import summarize
 from syncbn.reports.waivers import load_waivers
 
@@ -39,10 +42,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     show.add_argument("file", metavar="FILE", type=Path, help=_PLACE)
     show.set_defaults(command=_show)
     text = "Write what runs of one target found, clause by clause, as a Markdown page."
-    page = commands.add_parser("findings", help="write a Markdown page", description=text)
-    page.add_argument("files", metavar="FILE", type=Path, nargs="+", help=_PLACE)
-    page.add_argument("--out", type=new_file, help="the file to write (default: standard output)")
-    page.set_defaults(command=_findings)
+    made = commands.add_parser("findings", help="write a Markdown page", description=text)
+    made.add_argument("files", metavar="FILE", type=Path, nargs="+", help=_PLACE)
+    made.add_argument("--out", type=new_file, help="the file to write (default: standard output)")
+    made.set_defaults(command=_findings)
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -52,11 +55,11 @@ def _show(options: argparse.Namespace) -> int:
 
 def _findings(options: argparse.Namespace) -> int:
     command = shlex.join(["syncbn-conformance", "report", "findings", *map(str, options.files)])
-    page = findings([_load(path) for path in options.files], command)
+    found = findings([_load(path) for path in options.files], command)
     if options.out is None:
-        print(page, end="")
+        print(found, end="")
     else:
-        write(options.out, page, "findings")
+        write(options.out, found, "findings")
     return 0
 
 
@@ -113,6 +116,53 @@ def add_gate(parser: argparse.ArgumentParser) -> None:
         "gl-code-quality-report.json",
     )
     parser.set_defaults(command=_gate)
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `compare`, which are as those of `add_commands`."""
+    parser.epilog = "The exit status is 0 whatever differs, and 2 if a report cannot be read."
+    parser.add_argument("a", metavar="A", type=Path, help=_PLACE)
+    parser.add_argument("b", metavar="B", type=Path, help="the same")
+    parser.add_argument("--markdown", type=new_file, metavar="FILE", help="also write Markdown")
+    parser.add_argument("--html", type=new_file, metavar="FILE", help="also write an HTML page")
+    parser.set_defaults(command=_compare)
+
+
+def add_html(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `html`, which are as those of `add_commands`."""
+    parser.epilog = "The exit status is 0 whatever the verdict, and 2 if a report cannot be read."
+    parser.add_argument(
+        "place",
+        metavar="REPORT_OR_DIR",
+        type=Path,
+        help="a report, the directory of a run, or a directory with a report.json in runs/*",
+    )
+    parser.add_argument("--out", type=new_file, required=True, help="the file to write")
+    parser.set_defaults(command=_html)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    compared = compare.compare(_load(options.a), _load(options.b))
+    if options.markdown:
+        write(options.markdown, compare.as_markdown(compared), "comparison")
+    if options.html:
+        write(options.html, compare.as_html(compared), "comparison")
+    console = PatientConsole()
+    compare.show(compared, console if console.is_terminal else PatientConsole(width=120))
+    return 0
+
+
+def _html(options: argparse.Namespace) -> int:
+    runs = sorted(options.place.glob("runs/*/report.json"), key=_by_number)
+    write(options.out, page([_load(path) for path in runs or [options.place]]), "page")
+    print(f"wrote {options.out}")
+    return 0
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    """Runs on 8 ranks come before those on 16."""
+    name = path.parent.name
+    return int(name) if re.fullmatch("[0-9]{1,9}", name) else 0, name
 
 
 def _baseline(options: argparse.Namespace) -> int:

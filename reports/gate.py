@@ -10,6 +10,7 @@ from typing import Any
 from syncbn.reports.baseline import Baseline, seconds, subject, title, versions
 from syncbn.reports.document import Report
 from syncbn.reports.files import ReportError
+from syncbn.reports.importance import importance
 from syncbn.reports.text import one_line, shown
 from syncbn.reports.waivers import Waiver
 
@@ -139,9 +140,11 @@ def gate(
         if clause.before != clause.after and not clause.changes:
             clause.waiver = _waiver(valid, clause.id, None)
     changed = [one for one in clauses.values() if one.changes or one.before != one.after]
+    order = {id: place for place, id in enumerate(clauses)}
+    changed.sort(key=lambda clause: _importance(order[clause.id], clause))
     return Gated(
         report,
-        sorted(changed, key=_importance),
+        changed,
         _problems(waivers, changed, today),
         _warnings(baseline, report, max_slowdown),
         report["summary"]["verdict"] == "error",
@@ -205,8 +208,9 @@ def _waiver(waivers: Sequence[Waiver], clause: str, case: str | None) -> Waiver 
     return next((waiver for waiver in waivers if waiver.covers(clause, case)), None)
 
 
-def _importance(clause: ClauseChange) -> tuple[Any, ...]:
-    return (not clause.red, not clause.required, -clause.failing)
+def _importance(place: int, clause: ClauseChange) -> tuple[Any, ...]:
+    cases = max(clause.cases, len(clause.changes))
+    return not clause.red, *importance(clause.id, clause.failing, cases, clause.required, place)
 
 
 def _problems(waivers: Sequence[Waiver], clauses: Sequence[ClauseChange], today: date) -> list[str]:

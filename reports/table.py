@@ -74,26 +74,8 @@ def summarize(report: Report, console: Console) -> None:
 
 
 def _header(report: Report) -> Table:
-    target, suite = report["target"], report["suite"]
-    commit = f"commit {suite['commit'][:12]}" if suite["commit"] else "commit unknown"
-    mode = f", mode {target['mode']}" if target["mode"] else ""
-    dirty = ", with local changes" if suite["dirty"] else ""
-    rows = {
-        "target": f"{target['name']} ({target['framework']}: {target['module']}.{target['class']})",
-        "ranks": f"{report['ranks']}, launcher {report['launcher']}",
-        "backend": target["backend"] or "the target's own",
-        "device": f"{target['device']}, rung {target['rung']}{mode}",
-        "profile": f"{report['profile']}, level {report['level']}",
-        "suite": f"{suite['version']}, {commit}{dirty}",
-    }
-    if run := report.get("run"):
-        rows["run"] = f"{run['id']}, {run['started']}"
-    if selection := report.get("selection"):
-        parts = [*selection["clauses"], *selection["cases"]]
-        parts += [f"shard {selection['shard']}"] * bool(selection["shard"])
-        rows["selection"] = f"a part of the profile only: {', '.join(parts)}"
     header = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
+    for name, value in facts(report).items():
         header.add_row(Text(name, "dim"), Text(value, overflow="fold"))
     return header
 
@@ -119,7 +101,7 @@ def _table(report: Report, failing: dict[str, list[Any]], width: int) -> Table:
             clause["origin"],
             _verdict(clause["verdict"]),
             str(clause["cases"]),
-            _ratio(clause["worst_ratio"]),
+            ratio_text(clause["worst_ratio"]),
         )
     return table
 
@@ -199,7 +181,7 @@ def _print_oracle(report: Report, console: Console) -> None:
 def _case(case: Any) -> Text:
     text = Text.assemble(f"{case['id']} ", _verdict(case["verdict"]))
     if case["ratio"] is not None:
-        text.append(f", ratio {_ratio(case['ratio'])}")
+        text.append(f", ratio {ratio_text(case['ratio'])}")
     if title := case["spec"].get("title"):
         text.append(f": {title}")
     return text
@@ -227,6 +209,29 @@ def _last_line(report: Report) -> Text:
         if ids and name != "pass" and not (name == "not-run" and report.get("selection")):
             line.append(f"; {name.replace('-', ' ')}: {', '.join(ids)}")
     return line
+
+
+def facts(report: Report) -> dict[str, str]:
+    """What was judged, how and by what, by name."""
+    target, suite = report["target"], report["suite"]
+    commit = f"commit {suite['commit'][:12]}" if suite["commit"] else "commit unknown"
+    mode = f", mode {target['mode']}" if target["mode"] else ""
+    dirty = ", with local changes" if suite["dirty"] else ""
+    found = {
+        "target": f"{target['name']} ({target['framework']}: {target['module']}.{target['class']})",
+        "ranks": f"{report['ranks']}, launcher {report['launcher']}",
+        "backend": target["backend"] or "the target's own",
+        "device": f"{target['device']}, rung {target['rung']}{mode}",
+        "profile": f"{report['profile']}, level {report['level']}",
+        "suite": f"{suite['version']}, {commit}{dirty}",
+    }
+    if run := report.get("run"):
+        found["run"] = f"{run['id']}, {run['started']}"
+    if selection := report.get("selection"):
+        parts = [*selection["clauses"], *selection["cases"]]
+        parts += [f"shard {selection['shard']}"] * bool(selection["shard"])
+        found["selection"] = f"a part of the profile only: {', '.join(parts)}"
+    return found
 
 
 def subject(report: Report) -> str:
@@ -267,7 +272,8 @@ def _verdict(name: str) -> Text:
     return Text(name.replace("-", " "), _STYLES[name])
 
 
-def _ratio(ratio: float | str | None) -> str:
+def ratio_text(ratio: float | str | None) -> str:
+    """A ratio with three digits; "" if there is none."""
     return "" if ratio is None else f"{float(ratio):#.3g}".rstrip(".")
 
 

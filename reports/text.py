@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from typing import Any
 
@@ -38,6 +39,11 @@ def code(text: str) -> str:
     ticks = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     space = " " if "`" in text else ""
     return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def escaped(text: str) -> str:
+    """The text in HTML, also in the value of an attribute."""
+    return html.escape(printable(text))
 
 
 def shown(report: Report) -> Report:
