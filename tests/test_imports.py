@@ -28,7 +28,7 @@ LINKED = ("kernels", "reference", "conformance", "launchers", "reports")
 # Directories that are imported as NAME, in a checkout only.
 UNSHIPPED = ("audit", "tests", "benchmarks", "examples")
 
-FRAMEWORKS = ("torch", "torch_npu", "mindspore", "triton")
+FRAMEWORKS = ("torch", "torch_npu", "mindspore", "triton", "jax", "flax")
 
 # Small modules without a framework, which every part of syncbn may use.
 BASE = (
@@ -82,6 +82,10 @@ RULES = {
     # What never ships.
     "audit": Rule(("syncbn",), None),
     "examples": Rule(("syncbn.torch", "syncbn.mindspore"), None),
+    "examples.jax_framework": Rule(("syncbn.conformance.frameworks",), ()),
+    "examples.jax_rank": Rule(
+        ("syncbn.conformance.case", "syncbn.conformance.ranks.base"), ("numpy", "jax", "flax")
+    ),
     "benchmarks": Rule(("syncbn", "audit"), None),
     "tests": Rule(("syncbn", "audit", "examples", "benchmarks"), None),
 }

@@ -25,12 +25,12 @@ from syncbn.conformance.ranks.process import ProcessState, Setting, Suite
 from syncbn.conformance.ranks.sources import sources_of
 
 # The last part of a tensor's name, which says what it is; other names than the first are those of
-# mindspore.nn and of TensorFlow.
+# mindspore.nn, TensorFlow and Flax.
 _ROLES = {
     "weight": ("weight", "gamma", "scale"),
     "bias": ("bias", "beta", "offset"),
-    "running_mean": ("running_mean", "moving_mean"),
-    "running_var": ("running_var", "moving_variance"),
+    "running_mean": ("running_mean", "moving_mean", "mean"),
+    "running_var": ("running_var", "moving_variance", "var"),
     "num_batches_tracked": ("num_batches_tracked",),
 }
 
@@ -62,7 +62,8 @@ class Rank(ABC):
         ranks: the number of processes.
         local_rank: the id of this process among those of this machine, for the choice of a device.
 
-    `groups` holds the framework's process groups by their ranks.
+    `groups` holds the framework's process groups by their ranks. The methods from `is_tensor` to
+    `writes` suit tensors with the methods of PyTorch's; a framework with others replaces them.
     """
 
     framework: Any  # the module of the framework, which names the dtypes
@@ -187,8 +188,37 @@ class Rank(ABC):
             return "Ascend and its kernels have no float64"
         return None
 
+    def is_tensor(self, value: Any) -> bool:
+        """Whether a layer may return this."""
+        return isinstance(value, self.framework.Tensor)
+
+    def lay_out(self, values: Array, dtype: str, layout: str) -> Any:
+        """A tensor with these values in a memory layout; see syncbn.conformance.case.Step."""
+        if layout == "sliced":
+            wider = np.full((*values.shape[:-1], 2 * values.shape[-1]), 7.0)
+            wider[..., ::2] = values
+            return self.tensor(wider, dtype)[..., ::2]
+        tensor = self.tensor(values, dtype)
+        axes = tuple(range(values.ndim))
+        if layout == "channels_last":
+            tensor = _permuted(tensor, (0, *axes[2:], 1))
+        if layout == "permuted":
+            tensor = _permuted(tensor, axes[::-1])
+        if layout == "expanded":
+            tensor = tensor[:1].expand(values.shape)
+        return tensor
+
+    def is_contiguous(self, tensor: Any) -> bool:
+        contiguous: bool = tensor.is_contiguous()
+        return contiguous
+
     def is_channels_last(self, tensor: Any) -> bool:
         return False
+
+    def writes(self, tensor: Any) -> int:
+        """How often something has written to a tensor."""
+        count: int = tensor._version
+        return count
 
     def describe(self, error: Exception) -> dict[str, Any]:
         """An error of the target as JSON: the names of its types, and its text.
@@ -336,15 +366,15 @@ class Rank(ABC):
         dtype = step.dtype_of(self.rank)
         if not step.again:
             values = data.shard(case, index, self.rank)
-            self._input = self._lay_out(values, dtype, step.layout_of(self.rank))
+            self._input = self.lay_out(values, dtype, step.layout_of(self.rank))
         x = self._input
         dy = None
         if step.backward:
             values = data.grad_output(case, index, self.rank)
-            dy = self._lay_out(values, dtype, step.dy_layout_of(self.rank))
+            dy = self.lay_out(values, dtype, step.dy_layout_of(self.rank))
         cotangents = self._cotangents(case, index) if step.second else {}
         given = {"input": x} if dy is None else {"input": x, "grad_output": dy}
-        untouched = {name: (self.array(t).tobytes(), t._version) for name, t in given.items()}
+        untouched = {name: self._content(tensor) for name, tensor in given.items()}
         facts: dict[str, Any] = {}
         results: dict[str, Any] = {}
         try:
@@ -358,7 +388,7 @@ class Rank(ABC):
                     counted = counting and turn == step.repeat - 1
                     taken = self.take(module, parallel, x, dy, step, counted)
                 results, facts["collectives"] = taken
-            if not isinstance(results["y"], self.framework.Tensor):
+            if not self.is_tensor(results["y"]):
                 kind = type(results.pop("y")).__name__
                 raise TypeError(f"the layer must return a tensor, got {kind}")
             facts["format"] = {
@@ -375,9 +405,7 @@ class Rank(ABC):
         facts["modified"] = list(given)  # unless they can be read
         try:
             facts["modified"] = [
-                name
-                for name, tensor in given.items()
-                if (self.array(tensor).tobytes(), tensor._version) != untouched[name]
+                name for name, tensor in given.items() if self._content(tensor) != untouched[name]
             ]
             buffers = by_role(self.parameters(layer))
             results |= {name: getattr(layer, name, buffers.get(name)) for name in STATISTICS}
@@ -388,6 +416,10 @@ class Rank(ABC):
             facts.setdefault("error", self.describe(error))
         return facts
 
+    def _content(self, tensor: Any) -> tuple[bytes, int]:
+        """The values of a tensor, and how often they were written."""
+        return self.array(tensor).tobytes(), self.writes(tensor)
+
     def _cotangents(self, case: Case, index: int) -> dict[str, Any]:
         values = data.cotangents(case, index, self.rank)
         of_input = case.steps[index].dtype_of(self.rank)
@@ -396,27 +428,11 @@ class Rank(ABC):
             for name, one in values.items()
         }
 
-    def _lay_out(self, values: Array, dtype: str, layout: str) -> Any:
-        """A tensor with these values in a memory layout; see syncbn.conformance.case.Step."""
-        if layout == "sliced":
-            wider = np.full((*values.shape[:-1], 2 * values.shape[-1]), 7.0)
-            wider[..., ::2] = values
-            return self.tensor(wider, dtype)[..., ::2]
-        tensor = self.tensor(values, dtype)
-        axes = tuple(range(values.ndim))
-        if layout == "channels_last":
-            tensor = _permuted(tensor, (0, *axes[2:], 1))
-        if layout == "permuted":
-            tensor = _permuted(tensor, axes[::-1])
-        if layout == "expanded":
-            tensor = tensor[:1].expand(values.shape)
-        return tensor
-
     def _format(self, tensor: Any) -> dict[str, Any]:
         return {
             "shape": list(tensor.shape),
             "dtype": _dtype(tensor),
-            "contiguous": tensor.is_contiguous(),
+            "contiguous": self.is_contiguous(tensor),
             "channels_last": self.is_channels_last(tensor),
         }
 
@@ -435,14 +451,16 @@ def names_by_role(names: Iterable[str]) -> dict[str, str]:
     """The names of the tensors of a layer by what they are: "weight" for "inner.weight".
 
     So a layer in an adapter can be judged. Only CTOR-5 is about the names themselves. Of several
-    tensors of one role, as in a layer of two parts, the one with the shortest name is meant.
+    tensors of one role, the one whose name comes first in _ROLES is meant, and of these, as in a
+    layer of two parts, the one with the shortest name.
     """
     found: dict[str, str] = {}
-    for name in sorted(names, key=lambda name: (name.count("."), len(name))):
-        last = name.rpartition(".")[2]
-        for role, known in _ROLES.items():
-            if last in known:
-                found.setdefault(role, name)
+    by_depth = sorted(names, key=lambda name: (name.count("."), len(name)))
+    for role, known in _ROLES.items():
+        for last in known:
+            mine = (name for name in by_depth if name.rpartition(".")[2] == last)
+            if role not in found and (name := next(mine, None)) is not None:
+                found[role] = name
     return found
 
 
