@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +33,17 @@ from syncbn.reports.text import one_line
 _SCHEMAS = Path(__file__).parent.parent / "schema"
 _CERTIFICATE = Schema(json.loads((_SCHEMAS / "certificate-1.json").read_bytes()))
 _ENVIRONMENT = Schema(json.loads((_SCHEMAS / "environment-1.json").read_bytes()))
+_SOURCES = Schema(
+    _ENVIRONMENT.document["properties"]["sources"] | {"$defs": _ENVIRONMENT.document["$defs"]}
+)
+_LINE = Schema({"type": "object"})  # which also limits its levels
 _REPORT = Schema(reports.SCHEMA)
 _NUMBER = re.compile(r"[-+]?[0-9]+\.?[0-9]*(?:e[-+]?[0-9]+)?")
 _DERIVED = ("ratio", "worst_ratio")  # numbers that depend on the last bits of the reference
 _TEXTS = ("message", "reason")  # texts that may quote such numbers
 _CLOSE = 1e-6  # relative; of the former
 _CLOSE_IN_TEXT = 1e-2  # they are rounded to 2 digits and more
+_LARGEST_SIGNATURE = 100_000  # bytes
 _SHOWN = 5  # differences of one kind
 
 
@@ -106,6 +112,9 @@ class _Verifier:
             self._text(result)
             wanted = contents.statement(digests, self._reports, result)
             self._compare(contents.CERTIFICATE, certificate, wanted)
+        except UnreadableError as error:  # of a file that is too large
+            self._refuse(str(error))
+            return Verification(self._refused)
         except _Stop:
             return Verification(self._refused)
         if self._sampled:
@@ -123,6 +132,9 @@ class _Verifier:
             if allowed_signers is not None:
                 self._refuse(f"{name}: missing, the package is not signed")
             return ["not signed: the digests bind the files to each other only"]
+        if len(self._folder.read(name)) > _LARGEST_SIGNATURE:
+            self._refuse(f"{name}: must have at most {_LARGEST_SIGNATURE} bytes")
+            return []
         try:
             signer = signature.check(
                 self._folder.read(contents.CERTIFICATE), self._folder.path(name), allowed_signers
@@ -247,7 +259,7 @@ class _Verifier:
                     else:
                         results[record.case] = self._judge(name, cases[record.case], record)
                         digests[record.case] = record.sha256
-        except (raw.RawError, UnreadableError) as error:
+        except raw.RawError as error:
             self._refuse(f"{name}: {error}")
         if [*results] != [id for id in cases if id in results]:
             self._refuse(f"{name}: the cases are in another order than in the suite")
@@ -273,12 +285,12 @@ class _Verifier:
         """Compare the cases of a report by their ids."""
         ids = [row["id"] for row in given]
         wanted = {row["id"]: row for row in derived}
-        for id in sorted(
-            {id for id in ids if ids.count(id) > 1} if len(set(ids)) < len(ids) else ()
-        ):
-            self._refuse(f"{place}: case {id} is there again")
+        counts = Counter(ids)
+        for id, count in counts.items():
+            if count > 1:
+                self._refuse(f"{place}: case {id} is there again")
         for id in wanted:
-            if id not in ids:
+            if id not in counts:
                 self._refuse(f"{place}: case {id} is left out")
         for row in given:
             if row["id"] not in wanted:
@@ -290,10 +302,12 @@ class _Verifier:
 
     def _log(self, result: str) -> None:
         """Compare the log with the reports and the raw results."""
-        lines = [
-            self._parsed(f"{contents.LOG}: line {number}", line)
-            for number, line in enumerate(self._read(contents.LOG).splitlines(), 1)
-        ]
+        lines = []
+        for number, text in enumerate(self._read(contents.LOG).splitlines(), 1):
+            line = self._parsed(f"{contents.LOG}: line {number}", text)
+            if violation := _LINE.violation(line):
+                raise self._stop(f"{contents.LOG}: line {number}: {violation}")
+            lines.append(line)
         wanted = list(self._wanted_log(lines, result))
         for number, (line, one) in enumerate(zip(lines, wanted, strict=False), 1):
             what = one.get("id") or one["event"]
@@ -304,23 +318,26 @@ class _Verifier:
     def _wanted_log(self, lines: list[Any], result: str) -> Iterator[dict[str, Any]]:
         """The lines that follow from the other files. The files of the layer are taken from it."""
         sources = [
-            line.get("sources")
-            for line in lines
-            if isinstance(line, dict) and line.get("event") == "ran"
+            line["sources"] for line in lines if _SOURCES.violation(line.get("sources")) is None
         ]
         yield contents.begin_line(self._product, self._environment)
-        union: dict[str, Any] = {"files": {}, "distributions": {}}
         for index, (ranks, given) in enumerate(self._reports.items()):
             yield contents.run_line(given)
             for row in given["cases"]:
                 yield contents.case_line(ranks, row, self._digests[ranks].get(row["id"]))
-            mine = sources[index] if index < len(sources) else None
-            yield contents.ran_line(given, mine if isinstance(mine, dict) else {})
-            for kind, kept in union.items():
-                found = mine.get(kind) if isinstance(mine, dict) else None
-                kept |= found if isinstance(found, dict) else {}
-        self._compare(f"{contents.ENVIRONMENT}: sources", self._environment["sources"], union)
+            yield contents.ran_line(given, sources[index] if index < len(sources) else {})
         yield contents.end_line(result)
+        self._compare_sources(sources)
+
+    def _compare_sources(self, sources: list[Any]) -> None:
+        """The files of the layer are those of the runs, and the same in all of them."""
+        for kind, known in self._environment["sources"].items():
+            for found in sources:
+                for name in found[kind]:
+                    if found[kind][name] != known.get(name):
+                        self._refuse(f"{contents.LOG}: sources.{kind}.{name} is another")
+            for name in sorted(set(known).difference(*(found[kind] for found in sources))):
+                self._refuse(f"{contents.ENVIRONMENT}: sources.{kind}.{name} is of no run")
 
     def _text(self, result: str) -> None:
         wanted = contents.text(
@@ -336,10 +353,7 @@ class _Verifier:
     def _read(self, name: str) -> bytes:
         if name not in self._folder.names:
             raise self._stop(f"{name}: missing")
-        try:
-            return self._folder.read(name)
-        except UnreadableError as error:
-            raise self._stop(str(error)) from error
+        return self._folder.read(name)
 
     def _parsed(self, place: str, text: bytes) -> Any:
         try:

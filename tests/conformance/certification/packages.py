@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from syncbn.conformance import must_pass, report, targets
 from syncbn.conformance.case import Case
 from syncbn.conformance.cases import catalogue
 from syncbn.conformance.certification import contents
+from syncbn.conformance.certification import make as maker_module
+from syncbn.conformance.certification.environment import environment
 from syncbn.conformance.certification.make import Maker
 from syncbn.conformance.certification.plan import Plan
 from syncbn.reports.junit import junit
@@ -28,11 +31,16 @@ class FewCases(Plan):
     """The first case of some clauses, and one with a large array."""
 
     def cases(self, ranks: int) -> list[Case]:
-        every = catalogue(ranks, self.profile)
-        found = {case.clause: case for case in reversed(every)}
-        large = next(case for case in every if case.title == "float32, equal values on each rank")
-        wanted = [found[clause].id for clause in CLAUSES if clause in found] + [large.id]
-        return [case for case in every if case.id in wanted]
+        return _cases(ranks, self.profile)
+
+
+@functools.cache
+def _cases(ranks: int, profile: str) -> list[Case]:
+    every = catalogue(ranks, profile)
+    found = {case.clause: case for case in reversed(every)}
+    large = next(case for case in every if case.title == "float32, equal values on each rank")
+    wanted = [found[clause].id for clause in CLAUSES if clause in found] + [large.id]
+    return [case for case in every if case.id in wanted]
 
 
 PLAN = FewCases("few", "certify", (1, 2))
@@ -40,13 +48,17 @@ PLAN = FewCases("few", "certify", (1, 2))
 
 @contextlib.contextmanager
 def few_listed() -> Iterator[None]:
-    """The must-pass lists hold the cases of PLAN alone, so that its runs can pass."""
+    """The must-pass lists hold the cases of PLAN alone, so that its runs can pass.
+
+    The environment is read once: an installation next to the tests is not their subject.
+    """
 
     def listed(ranks: int, profile: str) -> dict[str, str]:
         return {case.id: case.title for case in PLAN.cases(ranks)}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(must_pass, "listed", listed)
+        patch.setattr(maker_module, "environment", functools.cache(environment))
         yield
 
 
@@ -103,12 +115,12 @@ def forge(folder: Path, change: Callable[[list[dict[str, Any]]], Any], ranks: in
             reports.save(given, folder / name)
             (folder / contents.name_of(number, contents.JUNIT)).write_text(junit(given))
         made[number] = given
-    product, environment = load(folder, contents.PRODUCT), load(folder, contents.ENVIRONMENT)
-    result = contents.result_of(made, PLAN, environment["level"])
+    product, here = load(folder, contents.PRODUCT), load(folder, contents.ENVIRONMENT)
+    result = contents.result_of(made, PLAN, here["level"])
     lines = [json.loads(line) for line in (folder / contents.LOG).read_text().splitlines()]
     raw = {(line["ranks"], line["id"]): line["raw"] for line in lines if line["event"] == "case"}
     sources = {line["ranks"]: line["sources"] for line in lines if line["event"] == "ran"}
-    log = [contents.begin_line(product, environment)]
+    log = [contents.begin_line(product, here)]
     for number, given in made.items():
         log.append(contents.run_line(given))
         log += [
@@ -117,7 +129,7 @@ def forge(folder: Path, change: Callable[[list[dict[str, Any]]], Any], ranks: in
         log.append(contents.ran_line(given, sources[number]))
     log.append(contents.end_line(result))
     (folder / contents.LOG).write_text("".join(f"{json.dumps(line)}\n" for line in log))
-    (folder / contents.TEXT).write_text(contents.text(product, environment, made, result, PLAN))
+    (folder / contents.TEXT).write_text(contents.text(product, here, made, result, PLAN))
     digests = {one["name"]: "0" * 64 for one in load(folder, contents.CERTIFICATE)["subject"]}
     store(folder, contents.CERTIFICATE, contents.statement(digests, made, result))
     bind(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +18,12 @@ from syncbn.conformance.wire import Message, encode
 from tests.conformance.certification.packages import (
     PLAN,
     bind,
-    few_listed,
     forge,
     load,
-    make,
     store,
 )
 
-PLANTED = "torch:tests/conformance/planted.py:LocalCount"  # running_var is wrong on 2 ranks
 REPORT, RAW = "runs/2/report.json", "runs/2/raw.bin"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few() -> Iterator[None]:
-    with few_listed():
-        yield
-
-
-@pytest.fixture(scope="module")
-def passed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("passed")
-    assert make(folder, "syncbn.torch") == "PASSED"
-    return folder
-
-
-@pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("failed")
-    assert make(folder, PLANTED) == "FAILED"
-    return folder
 
 
 def test_what_a_run_makes_is_verified(passed: Path, failed: Path) -> None:
@@ -408,7 +385,12 @@ TAMPERINGS: dict[str, tuple[str, Change, str]] = {
     "a file of the layer": (
         "passed",
         edited("environment.json", lambda found: found["sources"]["files"].update(a="0" * 64)),
-        "environment.json: sources.files.a is there",
+        "environment.json: sources.files.a is of no run",
+    ),
+    "a file of the layer in the log": (
+        "passed",
+        text("log.jsonl", '"syncbn/torch/layer.py": "', '"syncbn/torch/layer.py": "f'),
+        "log.jsonl: sources.files.syncbn/torch/layer.py is another",
     ),
     "the title": (
         "failed",
