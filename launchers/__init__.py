@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from syncbn.launchers import local, msrun, torchrun
+from syncbn.launchers import local, mpirun, msrun, slurm, torchrun
 from syncbn.launchers.site import Site
 
 
@@ -80,6 +80,8 @@ class Launcher(Protocol):
 
 LAUNCHERS: dict[str, Callable[[Site], Launcher]] = {
     "local": local.LocalLauncher,
+    "mpirun": mpirun.MpirunLauncher,
     "msrun": msrun.MsrunLauncher,
+    "slurm": slurm.SlurmLauncher,
     "torchrun": torchrun.TorchrunLauncher,
 }

@@ -28,7 +28,7 @@ from typing import IO, Any
 from syncbn.launchers.handshake import Reception
 from syncbn.launchers.link import Link, WireError
 from syncbn.launchers.local import describe
-from syncbn.launchers.site import LOOP_BACK, Site, is_here, machine, versions
+from syncbn.launchers.site import Site, is_here, machine, versions
 
 _START_SECONDS = 120.0  # in which all keepers connect, and in which each imports a framework
 _ANSWER_SECONDS = 10.0  # in which a keeper answers anything else
@@ -57,12 +57,15 @@ class EngineLauncher(ABC):
         """
 
     @abstractmethod
-    def commands(self, ranks: int, keeper: Sequence[str]) -> list[list[str]]:
-        """The command that starts the engine on each node.
+    def commands(
+        self, ranks: int, keeper: Sequence[str], environment: Iterable[str]
+    ) -> list[tuple[str, list[str]]]:
+        """The hosts on which the engine must be started, and the command on each.
 
         Args:
             ranks: of all nodes.
-            keeper: the program that the engine must start for every rank, and its arguments.
+            keeper: the arguments for Python of what the engine must start for every rank.
+            environment: the names of the variables that it must pass on to other machines.
         """
 
     def reason(self, log: str) -> str:
@@ -121,8 +124,7 @@ class EngineLauncher(ABC):
         """Host and shell script of each node."""
         keeper = ["-m", "syncbn.launchers.keeper", address, *self.variables]
         given = [f"{name}={value}" for name, value in environment.items()]
-        hosts = self.site.hosts or (LOOP_BACK,)
-        for host, command in zip(hosts, self.commands(ranks, keeper), strict=True):
+        for host, command in self.commands(ranks, keeper, ["SYNCBN_KEY", *environment]):
             run = shlex.join(["exec", "env", *given, *command])
             folder = shlex.quote(os.getcwd())
             yield host, f"read -r SYNCBN_KEY && export SYNCBN_KEY && cd {folder} && {run}"
@@ -216,7 +218,7 @@ class Keepers:
                     f"rank {rank} on {place['host']} has {_words(place['versions'])}, and the "
                     f"controller has {_words(own)}"
                 )
-            place["environment"]["MASTER_ADDR"] = site.meeting
+            place["environment"]["MASTER_ADDR"] = site.meeting or said[0]["host"]
         return said
 
     def start(self, request: dict[str, Any]) -> None:

@@ -31,8 +31,8 @@ class LocalLauncher:
     """Starts ranks as children of one keeper, which stays for all starts."""
 
     def __init__(self, site: Site) -> None:
-        if site.hosts:
-            raise SiteError("hosts must not be given for launcher local: it starts ranks here")
+        if site.hosts or site.nodes > 1:
+            raise SiteError("launcher local starts ranks here: nodes and hosts must not be given")
         self.secret = secrets.token_bytes(32)
         self._keeper: _Connection | None = None
 

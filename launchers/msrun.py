@@ -35,8 +35,8 @@ class MsrunLauncher:
     """Calls msrun for each start."""
 
     def __init__(self, site: Site) -> None:
-        if site.hosts:
-            raise SiteError("hosts must not be given for launcher msrun: it starts ranks here")
+        if site.hosts or site.nodes > 1:
+            raise SiteError("launcher msrun starts ranks here: nodes and hosts must not be given")
         self.secret = secrets.token_bytes(32)
 
     def start(

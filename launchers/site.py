@@ -25,7 +25,7 @@ class Site:
 
     nodes: the number of machines, which get the same number of ranks.
     hosts: their names or addresses, as the other machines reach them. The first has rank 0. Empty
-        for this machine alone.
+        for this machine alone, or if the launcher has a list of its own.
     agent: a program that runs a command on a host, with the arguments HOST COMMAND, as ssh does.
     listen: the name or address of this machine on which the controller waits for ranks.
     port: the port of the ranks, and the next one is that of their keepers; 0 for any two.
@@ -43,13 +43,12 @@ class Site:
     def __post_init__(self) -> None:
         if self.hosts and len(self.hosts) != self.nodes:
             raise SiteError(f"hosts must name {self.nodes} nodes, got {','.join(self.hosts)}")
-        if self.nodes > 1 and not self.hosts:
-            raise SiteError(f"hosts must name the {self.nodes} nodes")
         if self.listen in ("", "0.0.0.0"):
             raise SiteError(
                 f"listen must be an address that ranks can connect to, got {self.listen!r}"
             )
-        if is_loop_back(self.listen) and not all(map(is_here, self.hosts)):
+        here = all(map(is_here, self.hosts)) if self.hosts else self.nodes == 1
+        if is_loop_back(self.listen) and not here:
             raise SiteError(
                 "listen must be an address that the other nodes reach, got the loop-back "
                 f"address {self.listen!r}"
@@ -57,8 +56,17 @@ class Site:
 
     @property
     def meeting(self) -> str:
-        """The host of rank 0, where the ranks meet."""
-        return self.hosts[0] if self.hosts else LOOP_BACK
+        """The host of rank 0, where the ranks meet; empty if only the launcher has its name."""
+        if self.hosts:
+            return self.hosts[0]
+        return LOOP_BACK if self.nodes == 1 else ""
+
+    def need_hosts(self, launcher: str) -> None:
+        """Raises:
+        SiteError: there are several nodes without names.
+        """
+        if self.nodes > 1 and not self.hosts:
+            raise SiteError(f"hosts must name the {self.nodes} nodes for launcher {launcher}")
 
     def ranks_per_node(self, ranks: int) -> int:
         """How many of the ranks each node gets.

@@ -6,10 +6,10 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from syncbn.launchers.engine import EngineLauncher
-from syncbn.launchers.site import free_port
+from syncbn.launchers.site import LOOP_BACK, Site, free_port
 
 
 class TorchrunLauncher(EngineLauncher):
@@ -18,6 +18,10 @@ class TorchrunLauncher(EngineLauncher):
     name = "torchrun"
     variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
+    def __init__(self, site: Site) -> None:
+        site.need_hosts(self.name)
+        super().__init__(site)
+
     def check(self) -> None:
         if importlib.util.find_spec("torch") is None:
             raise FileNotFoundError(
@@ -25,7 +29,9 @@ class TorchrunLauncher(EngineLauncher):
                 "'syncbn[torch]'"
             )
 
-    def commands(self, ranks: int, keeper: Sequence[str]) -> list[list[str]]:
+    def commands(
+        self, ranks: int, keeper: Sequence[str], environment: Iterable[str]
+    ) -> list[tuple[str, list[str]]]:
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         # Without a folder for logs: the keepers read what ranks write.
         common = [
@@ -33,17 +39,18 @@ class TorchrunLauncher(EngineLauncher):
             "--max-restarts=0",
             f"--log-dir={os.devnull}",
         ]
+        hosts = self.site.hosts or (LOOP_BACK,)
         if self.site.nodes == 1:
-            return [[*torchrun, "--standalone", *common, *keeper]]
+            return [(hosts[0], [*torchrun, "--standalone", *common, *keeper])]
         port = free_port()  # of this machine, which often has rank 0
         meeting = [
             f"--nnodes={self.site.nodes}",
-            f"--master-addr={self.site.meeting}",
+            f"--master-addr={hosts[0]}",
             f"--master-port={port}",
         ]
         return [
-            [*torchrun, *meeting, f"--node-rank={node}", *common, *keeper]
-            for node in range(self.site.nodes)
+            (host, [*torchrun, *meeting, f"--node-rank={node}", *common, *keeper])
+            for node, host in enumerate(hosts)
         ]
 
     def reason(self, log: str) -> str:

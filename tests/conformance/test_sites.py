@@ -21,9 +21,10 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ("--nodes 2", "hosts must name the 2 nodes"),
+        ("--nodes 2", "listen must be an address that the other nodes reach"),
+        ("--nodes 2 --launcher torchrun --listen a:0", "hosts must name the 2 nodes for launcher"),
         ("--nodes 2 --hosts a", "hosts must name 2 nodes, got a"),
-        ("--nodes 2 --hosts 127.0.0.1,127.0.0.1", "must not be given for launcher local"),
+        ("--nodes 2 --hosts 127.0.0.1,127.0.0.1", "launcher local starts ranks here"),
         ("--nodes 2 --hosts a,b --launcher torchrun", "listen must be an address that the other"),
         ("--listen 0.0.0.0:0", "listen must be an address that ranks can connect to"),
         ("--listen 127.0.0.1", "must be HOST:PORT"),

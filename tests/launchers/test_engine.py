@@ -18,6 +18,7 @@ from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool, StartError
 from syncbn.launchers import LAUNCHERS, engine
 from syncbn.launchers.site import Site
+from tests.launchers.processes import keepers, parent, wait_until_ended
 
 STEP = Step(((2, 3, 3), (3, 3, 3)))
 GOOD = Case("FWD-1", "good", 2, {"num_features": 3}, (STEP,), ("y",))
@@ -33,29 +34,9 @@ def pool() -> Iterator[RankPool]:
         yield found
 
 
-def keepers(pool: RankPool) -> list[int]:
-    """The parents of the ranks."""
-    assert pool._job is not None
-    status = [Path(f"/proc/{pid}/status").read_text() for pid in pool._job.processes().values()]
-    return [int(text.split("PPid:")[1].split()[0]) for text in status]
-
-
 def engines(pool: RankPool) -> set[int]:
     """The processes of torchrun, which are the parents of the keepers."""
-    status = [Path(f"/proc/{pid}/status").read_text() for pid in keepers(pool)]
-    return {int(text.split("PPid:")[1].split()[0]) for text in status}
-
-
-def wait_until_ended(*pids: int) -> None:
-    """A process that its parent has not collected yet has ended as well."""
-    end = time.monotonic() + 30
-    for pid in pids:
-        while (place := Path(f"/proc/{pid}/stat")).exists() and time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                if place.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                    break
-            time.sleep(0.05)
-    assert time.monotonic() < end, "it did not happen in time"
+    return {parent(pid) for pid in keepers(pool)}
 
 
 def test_each_node_has_a_torchrun_of_its_own(pool: RankPool) -> None:
