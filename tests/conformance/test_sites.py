@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from syncbn.conformance.__main__ import main
+
+ROOT = Path(__file__).parents[2]
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -83,3 +90,23 @@ def test_a_dry_run_prints_the_command_of_every_node(capsys: pytest.CaptureFixtur
         assert f"--node-rank={number} --nproc-per-node=3" in line
         assert "--nnodes=2 --master-addr=127.0.0.1" in line
         assert "-m syncbn.launchers.keeper a.test:7001 RANK WORLD_SIZE LOCAL_RANK" in line
+
+
+@pytest.mark.parametrize(
+    ("script", "given"),
+    [("torchrun.sh", ["a.test", "b.test"]), ("mpirun.sh", ["hostfile"])],
+)
+def test_the_scripts_of_the_examples(script: str, given: list[str], tmp_path: Path) -> None:
+    tmp_path.joinpath("hostfile").write_text("# a comment\na.test slots=4\nb.test slots=4\n")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [ROOT / "examples/cluster" / script, *given, "--dry-run"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "-m syncbn.launchers.keeper a.test:7001" in done.stdout
+    assert "b.test" in done.stdout
+    assert "nproc-per-node=4" in done.stdout or "--host a.test:4,b.test:4" in done.stdout
