@@ -33,7 +33,7 @@ from syncbn.conformance import (
 )
 from syncbn.conformance import selection as selected
 from syncbn.conformance.case import Case
-from syncbn.conformance.cases import PROFILES, REGRESSIONS, catalogue
+from syncbn.conformance.cases import PROFILES, catalogue
 from syncbn.conformance.certification.make import Maker
 from syncbn.conformance.certification.plan import why_not_certified
 from syncbn.conformance.certification.product import load as load_product
@@ -310,15 +310,10 @@ def _explore(options: argparse.Namespace) -> int:
 
         with Console(stderr=True).status("exploring") as status:
             exploration = explore.explore(
-                pool, options.minutes, options.seed, _findings_folder(), show_progress
+                pool, options.minutes, options.seed, options.out, show_progress
             )
         explore.show(exploration, pool, _output())
     return 1 if exploration.finding else 0
-
-
-def _findings_folder() -> Path:
-    """In a checkout a finding becomes a case of the suite. An installed suite is not changed."""
-    return REGRESSIONS if checkout() else _OUT / "explored"
 
 
 def _freeze(_: argparse.Namespace) -> int:
@@ -504,6 +499,13 @@ def _parser() -> argparse.ArgumentParser:
         "--minutes", type=float, default=10.0, help="how long to search (default 10)"
     )
     search.add_argument("--seed", type=int, help="the seed of the first cases (default random)")
+    search.add_argument(
+        "--out",
+        type=Path,
+        default=_OUT / "explored",
+        metavar="DIR",
+        help=f"where a case that fails is kept (default {_OUT / 'explored'})",
+    )
     add("freeze", _freeze, "write the must-pass lists, after a change of the cases")
     return parser
 

@@ -21,7 +21,6 @@ from rich.text import Text
 
 from syncbn.conformance import ConformanceError
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.cases import REGRESSIONS
 from syncbn.conformance.checks import CHECKS
 from syncbn.conformance.expected import expect
 from syncbn.conformance.pool import RankPool
@@ -84,8 +83,8 @@ class _TimeIsOver(BaseException):
 def explore(
     pool: RankPool,
     minutes: float,
-    seed: int | None = None,
-    folder: Path = REGRESSIONS,
+    seed: int | None,
+    folder: Path,
     progress: Callable[[Exploration], None] = lambda exploration: None,
 ) -> Exploration:
     """Run batches of random cases until one fails or the time is over, but at least one batch.

@@ -70,6 +70,7 @@ RULES = {
     "syncbn.conformance": Rule(
         (*BASE, "syncbn.reference", "syncbn.launchers", "syncbn.reports"), ("numpy", "rich")
     ),
+    "syncbn.conformance.plugin": Rule(("syncbn.conformance", "syncbn.reports"), ("pytest",)),
     "syncbn.conformance.sequences": Rule(("syncbn.conformance",), ("numpy", "hypothesis")),
     "syncbn.conformance.ranks.torch": Rule(
         (*BASE, "syncbn.conformance", "syncbn.torch"), ("numpy", "torch", "torch_npu")

@@ -6,6 +6,7 @@ to those of this one: nothing is downloaded.
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import re
@@ -139,10 +140,19 @@ def test_it_holds_the_shipped_packages_and_their_data(wheel: Path) -> None:
     modules = [path for name, path in MODULES.items() if name.split(".")[0] not in UNSHIPPED]
     data = [ROOT / "syncbn" / "py.typed", *ROOT.glob("conformance/profiles/*.txt")]
     data += [*ROOT.glob("conformance/regressions/*.json"), *ROOT.glob("reports/schema/*.json")]
-    data += ROOT.glob("conformance/schema/*.json")
+    data += [*ROOT.glob("conformance/schema/*.json"), ROOT / "reports" / "page.css"]
     expected = {str(path.relative_to(ROOT)) for path in [*modules, *data]}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {name if name.startswith("syncbn/") else f"syncbn/{name}" for name in expected}
+
+
+def test_pytest_finds_the_plugin(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+    points = configparser.ConfigParser()
+    points.read_string(archive.read(name).decode())
+    plugin = "syncbn.conformance.plugin"
+    assert dict(points["pytest11"]) == {plugin: plugin}
 
 
 def test_its_description_has_no_relative_link(wheel: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from syncbn import reports
 from syncbn.conformance import __main__ as command_line
 from syncbn.conformance.__main__ import main
-from syncbn.conformance.cases import REGRESSIONS, catalogue
+from syncbn.conformance.cases import catalogue
 
 PLANTED = "torch:tests/conformance/planted.py"
 
@@ -124,12 +124,10 @@ def test_bad_input_is_one_clear_line(
     assert not (tmp_path / "report.json").exists()
 
 
-def test_a_finding_is_kept_in_a_checkout_or_with_the_reports(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert command_line._findings_folder() == REGRESSIONS
-    monkeypatch.setattr(command_line, "checkout", lambda: None)
-    assert command_line._findings_folder() == Path("reports/out/explored")
+def test_a_finding_is_kept_with_the_reports_of_the_user() -> None:
+    """Also in a checkout, whose suite no exploration changes."""
+    options = command_line._parser().parse_args(["explore"])
+    assert options.out == Path("reports/out/explored")
 
 
 def test_a_report_that_cannot_be_written(
