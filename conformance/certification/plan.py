@@ -7,11 +7,12 @@ hold every dtype that the device has.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from syncbn.conformance import ConformanceError
-from syncbn.conformance.case import Case
+from syncbn.conformance.case import Case, of_document
 from syncbn.conformance.cases import catalogue
 from syncbn.conformance.clauses import CLAUSES
 from syncbn.reports.document import Report
@@ -56,27 +57,70 @@ class Plan:
 
 CERTIFIED = Plan("syncbn-certification/1", "certify", (1, 2, 4, 8))
 
-# Why a case may be unsupported: the reasons that the suite itself gives, and why each is no fault
-# of the layer.
-MAY_BE_UNSUPPORTED = {
-    "the target takes a ProcessGroup, and torch checks the rank ids of that": "PyTorch has no "
-    "argument of rank ids",
-    "Ascend and its kernels have no float64": "the device has none",
-    r"MindSpore \S+ has no \w+ on \w+: .*": "the framework has no such dtype there",
-    "the suite neither copies nor casts layers of MindSpore": "the suite has no such case",
-    "the suite has no data parallelism of MindSpore, which has none on CPU": "likewise",
-    "the suite cannot make a backward of MindSpore fail": "likewise",
-    "MindSpore has no inference mode": "the framework has none",
-    "a graph of MindSpore records what is differentiated, and has no other switch": "likewise",
-    "in a graph MindSpore recomputes operations, not the forward of a layer": "likewise",
-    "a compiled forward cannot see whether it will be differentiated": "likewise",
-    "MindSpore rounds float64 in a graph that can raise: its TensorMove has none": "likewise",
-    "collectives of MindSpore are counted on CPU only": "the suite cannot count them",
-    "MindSpore's profiler, which counts collectives, breaks a graph that raises": "likewise",
-    r"rank \d+ refuses (float16|bfloat16|float64): .*": "the page names no dtypes; only in clauses "
-    "that it documents",
-    r".*second derivative.*": "a graph of MindSpore has none",
-}
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a case may be unsupported. The suite gives the reason, and it is no fault of the layer.
+
+    text: the reason as the ranks give it, a regular expression.
+    holds: whether it can hold for a case.
+    """
+
+    text: str
+    holds: Callable[[Case], bool]
+
+
+def _records_less(case: Case) -> bool:
+    return any(step.recording != "on" for step in case.steps)
+
+
+def _raises(case: Case) -> bool:
+    return "float64" in case.dtypes and any(step.error for step in case.steps)
+
+
+def _counts(case: Case) -> bool:
+    return "collectives" in case.checks
+
+
+MAY_BE_UNSUPPORTED = (
+    Reason(
+        "the target takes a ProcessGroup, and torch checks the rank ids of that",
+        lambda case: "process_group" in case.layer,
+    ),
+    Reason("Ascend and its kernels have no float64", lambda case: "float64" in case.dtypes),
+    Reason(r"MindSpore \S+ has no bfloat16 on .*", lambda case: "bfloat16" in case.dtypes),
+    Reason(r"MindSpore \S+ has no float64 on .*", lambda case: "float64" in case.dtypes),
+    Reason(
+        "the suite neither copies nor casts layers of MindSpore",
+        lambda case: bool(case.cast) or any(step.copied for step in case.steps),
+    ),
+    Reason("the suite has no data parallelism of MindSpore, .*", lambda case: case.ddp),
+    Reason(
+        "the suite cannot make a backward of MindSpore fail",
+        lambda case: any(step.lost for step in case.steps),
+    ),
+    Reason("MindSpore has no inference mode", _records_less),
+    Reason("a graph of MindSpore records what is differentiated, .*", _records_less),
+    Reason(
+        "in a graph MindSpore recomputes operations, .*",
+        lambda case: any(step.recompute for step in case.steps),
+    ),
+    Reason(
+        "a compiled forward cannot see whether it will be differentiated",
+        lambda case: any(step.error and step.frozen_input for step in case.steps),
+    ),
+    Reason("MindSpore rounds float64 in a graph that can raise: .*", _raises),
+    Reason("collectives of MindSpore are counted on CPU only", _counts),
+    Reason("MindSpore's profiler, .*, breaks a graph that raises", _counts),
+    Reason(
+        ".*no second derivative in training in a compiled graph.*",
+        lambda case: any(step.second for step in case.steps),
+    ),
+    # The page names no dtypes. Only cases of clauses that it documents get this reason.
+    Reason(r"rank \d+ refuses float16: .*", lambda case: "float16" in case.dtypes),
+    Reason(r"rank \d+ refuses bfloat16: .*", lambda case: "bfloat16" in case.dtypes),
+    Reason(r"rank \d+ refuses float64: .*", lambda case: "float64" in case.dtypes),
+)
 # The only clauses of the page that need not have a case which the layer supports.
 MAY_LACK = ("ERR-5",)
 
@@ -101,7 +145,7 @@ def shortfalls(report: Report, plan: Plan, level: str) -> list[str]:
     found += [
         f"case {case['id']} of {case['clause']} is unsupported for a reason that is not on the list"
         for case in report["cases"]
-        if case["verdict"] == "unsupported" and not _may_be_unsupported(case["message"])
+        if case["verdict"] == "unsupported" and not _may_be_unsupported(case)
     ]
     return found
 
@@ -117,8 +161,11 @@ def why_not_certified(report: Report) -> str:
     )
 
 
-def _may_be_unsupported(reason: Any) -> bool:
-    return any(re.fullmatch(known, str(reason), re.DOTALL) for known in MAY_BE_UNSUPPORTED)
+def _may_be_unsupported(row: Mapping[str, Any]) -> bool:
+    case, reason = of_document(row["spec"]), str(row["message"])
+    return any(
+        one.holds(case) and re.fullmatch(one.text, reason, re.DOTALL) for one in MAY_BE_UNSUPPORTED
+    )
 
 
 def _or(numbers: tuple[int, ...]) -> str:
