@@ -13,48 +13,49 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from syncbn.extras import require_for_command
+from syncbn.extras import interruptible, require_for_command
 
 require_for_command("syncbn-conformance", "conformance", "numpy", "rich", "jsonschema")
 
-from rich.console import Console
+with interruptible("syncbn-conformance"):
+    from rich.console import Console
 
-from syncbn import reports
-from syncbn.conformance import (
-    ConformanceError,
-    checkout,
-    explore,
-    must_pass,
-    progress,
-    report,
-    runner,
-    sites,
-    targets,
-)
-from syncbn.conformance import selection as selected
-from syncbn.conformance.case import Case
-from syncbn.conformance.cases import PROFILES, catalogue
-from syncbn.conformance.certification.make import Maker
-from syncbn.conformance.certification.plan import why_not_certified
-from syncbn.conformance.certification.product import load as load_product
-from syncbn.conformance.certification.verify import verify
-from syncbn.conformance.clauses import CLAUSES
-from syncbn.conformance.document import read
-from syncbn.conformance.place import Place
-from syncbn.conformance.pool import RankPool
-from syncbn.conformance.selection import Selection
-from syncbn.launchers.site import SiteError
-from syncbn.reports.commands import (
-    add_baseline,
-    add_commands,
-    add_compare,
-    add_gate,
-    add_html,
-    new_file,
-)
-from syncbn.reports.console import PatientConsole
-from syncbn.reports.schema import parse
-from syncbn.reports.text import one_line, printable
+    from syncbn import reports
+    from syncbn.conformance import (
+        ConformanceError,
+        checkout,
+        explore,
+        must_pass,
+        progress,
+        report,
+        runner,
+        sites,
+        targets,
+    )
+    from syncbn.conformance import selection as selected
+    from syncbn.conformance.case import Case
+    from syncbn.conformance.cases import PROFILES, catalogue
+    from syncbn.conformance.certification.make import Maker
+    from syncbn.conformance.certification.plan import why_not_certified
+    from syncbn.conformance.certification.product import load as load_product
+    from syncbn.conformance.certification.verify import verify
+    from syncbn.conformance.clauses import CLAUSES
+    from syncbn.conformance.document import read
+    from syncbn.conformance.place import Place
+    from syncbn.conformance.pool import RankPool
+    from syncbn.conformance.selection import Selection
+    from syncbn.launchers.site import SiteError
+    from syncbn.reports.commands import (
+        add_baseline,
+        add_commands,
+        add_compare,
+        add_gate,
+        add_html,
+        new_file,
+    )
+    from syncbn.reports.console import PatientConsole
+    from syncbn.reports.schema import parse
+    from syncbn.reports.text import one_line, printable
 
 _OUT = Path("reports/out")
 _STATUS = (
@@ -153,10 +154,12 @@ def _run_in(place: Place, options: argparse.Namespace) -> reports.Report:
         place.begin(asked, ["syncbn-conformance", *options.command_line])
     done = {row["id"] for row in place.rows}
     seconds = -time.monotonic() + sum(row["seconds"] for row in place.rows)
-    stopped = False
+    stopped, kept = False, 0
 
     def keep(result: runner.Result) -> None:
-        place.add(report.row(result))
+        nonlocal kept
+        place.add(report.row(result), report.restarts(pool)[kept:])
+        kept = len(pool.restarts)
         if options.fail_fast and result.verdict.verdict in ("fail", "hang", "crash", "error"):
             raise progress.Enough
 
@@ -184,6 +187,7 @@ def _run_in(place: Place, options: argparse.Namespace) -> reports.Report:
         run=place.about,
         selection=selection,
         stopped=stopped,
+        restarts_before=place.restarts,
     )
 
 
@@ -219,8 +223,12 @@ def _target(options: argparse.Namespace) -> targets.Target:
 
 
 def _pool(target: targets.Target, options: argparse.Namespace) -> RankPool:
+    if options.memory and target.device != "cpu":
+        raise UsageError(f"--memory must be left out on {target.device}: it limits ranks on cpu")
     try:
-        return RankPool(target, options.ranks, options.launcher, site=options.site)
+        return RankPool(
+            target, options.ranks, options.launcher, memory=options.memory, site=options.site
+        )
     except SiteError as error:
         raise UsageError(str(error)) from error
 

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,10 @@ from syncbn.reports.schema import Schema, parse
 
 REPORT, JOURNAL, LOCK = "report.json", "run.jsonl", "run.lock"
 
-_ROW = Schema(reports.SCHEMA["properties"]["cases"]["items"] | {"$defs": reports.SCHEMA["$defs"]})
+_ROW, _RESTART = (
+    Schema(reports.SCHEMA["properties"][name]["items"] | {"$defs": reports.SCHEMA["$defs"]})
+    for name in ("cases", "restarts")
+)
 
 
 class PlaceError(ConformanceError):
@@ -35,13 +39,15 @@ class Place:
     Args:
         folder: made if it does not exist.
 
-    `rows` holds the results so far, as the cases of a report. `about` holds the id, the date and
-    the command line of the run.
+    `rows` holds the results so far, as the cases of a report. `restarts` holds those of the run
+    before it was resumed, also as in a report. `about` holds the id, the date and the command line
+    of the run.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
+        self.restarts: list[dict[str, Any]] = []
         self.about: dict[str, Any] = {}
         self._lock: IO[str] | None = None
         self._journal: IO[str] | None = None
@@ -114,8 +120,10 @@ class Place:
         path = self.folder / JOURNAL
         try:
             whole, _, _ = path.read_bytes().rpartition(b"\n")  # the last line may be cut off
-            first, *rows = [parse(line) for line in whole.splitlines()]
+            first, *lines = [parse(line) for line in whole.splitlines()]
             self.about, before = first["run"], first["asked"]
+            rows = [line for line in lines if "restart" not in line]
+            self.restarts = [line["restart"] for line in lines if "restart" in line]
         except FileNotFoundError:
             raise PlaceError(f"there is no run to resume in {self.folder}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -126,17 +134,20 @@ class Place:
                     f"cannot resume the run in {path}: {name} was {before.get(name)!r}, now it is "
                     f"{asked[name]!r}"
                 )
-        for row in rows:
-            if violation := _ROW.violation(row):
-                raise PlaceError(f"cannot resume the run in {path}: {violation}")
+        for schema, ones in ((_ROW, rows), (_RESTART, self.restarts)):
+            for one in ones:
+                if violation := schema.violation(one):
+                    raise PlaceError(f"cannot resume the run in {path}: {violation}")
         self.rows = [row for row in rows if row["verdict"] != "not-run"]
         os.truncate(path, len(whole) + 1)
         self._journal = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a result."""
+    def add(self, row: dict[str, Any], restarts: Sequence[dict[str, Any]] = ()) -> None:
+        """Keep a result, and the restarts of the ranks that it cost."""
         self.rows.append(row)
         self._write(row)
+        for restart in restarts:
+            self._write({"restart": restart})
 
     def finish(self, report: dict[str, Any]) -> Path:
         """Write the report. The results are kept only if it is incomplete."""

@@ -36,6 +36,7 @@ def build(
     run: dict[str, Any],
     selection: Selection = EVERYTHING,
     stopped: bool = False,
+    restarts_before: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """The report of a run.
 
@@ -49,6 +50,7 @@ def build(
         run: the id, the date and the command line of the run.
         selection: the part of the profile that was to run.
         stopped: whether something stopped the run before all its cases had run.
+        restarts_before: those of the run before it was resumed; see `restarts`.
     """
     facts = {
         "schema": "syncbn-report/1",
@@ -64,10 +66,7 @@ def build(
         "profile": profile,
         "level": level,
         "seconds": round(seconds, 3),
-        "restarts": [
-            {"case": restart.case, "reason": restart.reason, "seconds": round(restart.seconds, 3)}
-            for restart in pool.restarts
-        ],
+        "restarts": [*restarts_before, *restarts(pool)],
     }
     return conclude(facts, rows, selection, stopped)
 
@@ -105,6 +104,14 @@ def conclude(
         "clauses": clauses,
         "cases": [*rows],
     }
+
+
+def restarts(pool: RankPool) -> list[Row]:
+    """The restarts of the ranks as a report has them."""
+    return [
+        {"case": restart.case, "reason": restart.reason, "seconds": round(restart.seconds, 3)}
+        for restart in pool.restarts
+    ]
 
 
 def row(result: Result) -> Row:

@@ -1,4 +1,4 @@
-"""The options of the command line that say where ranks start, and the site that they describe."""
+"""The options of the command line for how ranks start, and the site that they describe."""
 
 from __future__ import annotations
 
@@ -40,8 +40,15 @@ def add_launcher(parser: argparse.ArgumentParser) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --launcher, --ranks and those that describe several machines."""
+    """Add --launcher, --ranks, --memory and those that describe several machines."""
     add_launcher(parser)
+    parser.add_argument(
+        "--memory",
+        type=_memory,
+        metavar="GIB",
+        help="the GiB of data that each rank may have on cpu (default its share of the machine's, "
+        "and at least 2)",
+    )
     parser.add_argument(
         "--ranks",
         type=number_of_ranks,
@@ -128,6 +135,13 @@ def number_of_ranks(text: str) -> int:
     if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_RANKS:
         raise argparse.ArgumentTypeError(f"must be an int from 1 to {MOST_RANKS}, got {text!r}")
     return int(text)
+
+
+def _memory(text: str) -> int:
+    """The bytes of a number of GiB."""
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"must be a positive number of GiB, got {text!r}")
+    return int(float(text) * 2**30)
 
 
 def _hosts(text: str) -> tuple[str, ...]:

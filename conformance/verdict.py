@@ -183,6 +183,11 @@ def _check_errors(case: Case, rank: int, answer: Message) -> None:
             raise _Raised(
                 f"rank {rank}: the constructor raised {_show(raised)}, expected {case.error}"
             )
+        if (also := answer.content.get("error_if_sound")) is not None:
+            raise _Raised(
+                f"rank {rank}: the constructor raised {_show(raised)}, but it also refuses sound "
+                f"arguments of these names: {_show(also)}"
+            )
         return
     if raised is not None:
         raise _Raised(f"rank {rank}: the constructor raised {_show(raised)}")

@@ -6,7 +6,9 @@ error names the command that installs it.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 
@@ -38,3 +40,13 @@ def require_for_command(command: str, extra: str, *modules: str) -> None:
     except ModuleNotFoundError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def interruptible(command: str) -> Iterator[None]:
+    """For the imports of a command: Ctrl-C ends them with one line on stderr and status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -21,7 +21,7 @@ from syncbn.conformance import data
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.checks import STATISTICS, arrays_of
 from syncbn.conformance.frameworks import import_module
-from syncbn.conformance.ranks.process import ProcessState, Setting, Suite
+from syncbn.conformance.ranks.process import Generator, ProcessState, Setting, Suite
 from syncbn.conformance.ranks.sources import sources_of
 
 # The last part of a tensor's name, which says what it is; other names than the first are those of
@@ -32,6 +32,17 @@ _ROLES = {
     "running_mean": ("running_mean", "moving_mean", "mean"),
     "running_var": ("running_var", "moving_variance", "var"),
     "num_batches_tracked": ("num_batches_tracked",),
+}
+
+# A value of each documented argument that every layer must accept.
+_SOUND = {
+    "num_features": 3,
+    "eps": 1e-5,
+    "momentum": 0.1,
+    "affine": True,
+    "track_running_stats": True,
+    "process_group": None,
+    "dtype": None,
 }
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -235,7 +246,7 @@ class Rank(ABC):
         os.environ["SYNCBN_DEBUG"] = str(int(any(step.error for step in case.steps)))
         if reason := self.unsupported(case):
             return {"unsupported": reason}, {}
-        state = ProcessState(self.settings())
+        state = ProcessState(self.settings(), self.generators())
         try:
             answer, arrays = self._answer(case.of_rank(self.rank))
         except Unsupported as reason:
@@ -249,6 +260,10 @@ class Rank(ABC):
 
     def settings(self) -> tuple[Setting, ...]:
         """The global settings of the framework that a layer may change."""
+        return ()
+
+    def generators(self) -> tuple[Generator, ...]:
+        """The random number generators of the framework."""
         return ()
 
     def _answer(self, case: Case) -> tuple[dict[str, Any], Arrays]:
@@ -277,6 +292,8 @@ class Rank(ABC):
             self._look(layer, case, answer, arrays)
         except Exception as error:
             answer["error"] = self.describe(error)
+            if case.error is not None:
+                answer["error_if_sound"] = self._error_if_sound(case)
             return answer, arrays
         for index, step in enumerate(case.steps):
             if not step.takes_part(self.rank):
@@ -296,6 +313,18 @@ class Rank(ABC):
             if "error" in facts and not case.fails(index, self.rank):
                 break
         return answer, arrays
+
+    def _error_if_sound(self, case: Case) -> dict[str, Any] | None:
+        """The error of a constructor that gets the arguments of a case by name, but sound ones.
+
+        A constructor that has no such argument refuses every value of it, for another reason than
+        that of the clause.
+        """
+        try:
+            self.build(self.layer_args | {name: _SOUND[name] for name in case.layer})
+        except Exception as error:
+            return self.describe(error)
+        return None
 
     def _look(self, layer: Any, case: Case, answer: dict[str, Any], arrays: Arrays) -> None:
         """Add what the case checks of a new layer."""

@@ -28,7 +28,7 @@ from mindspore.profiler import ProfilerActivity, profile, tensorboard_trace_hand
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.ranks import network
 from syncbn.conformance.ranks.base import Rank, Unsupported, by_role
-from syncbn.conformance.ranks.process import Setting
+from syncbn.conformance.ranks.process import Generator, Setting
 from syncbn.conformance.ranks.substitutes import mindspore as substitutes
 
 T = TypeVar("T")
@@ -133,6 +133,9 @@ class MindSporeRank(Rank):
                 lambda mode: ms.set_context(mode=mode),
             ),
         )
+
+    def generators(self) -> tuple[Generator, ...]:
+        return (Generator(ms.get_rng_state, ms.set_rng_state),)
 
     def unsupported(self, case: Case) -> str | None:
         for dtype in _FLOATING:

@@ -1,8 +1,8 @@
 """What a layer may change in the process that it shares with the rank, and how it is put back.
 
 Some changes can be undone, so that the next case does not see them. After others the rank must be
-replaced. Both are reported. The state of random number generators is put back without a report,
-because to draw a number is no fault.
+replaced. Both are reported. The random number generators are put back without a report, because to
+draw a number is no fault.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ class Setting(NamedTuple):
     put: Callable[[Any], Any] | None = None
 
 
+class Generator(NamedTuple):
+    """A generator of random numbers: how its state is read and put back."""
+
+    get: Callable[[], Any]
+    put: Callable[[Any], Any]
+
+
 @dataclass(frozen=True)
 class Changes:
     """What has changed: all of it, and whether the rank must be replaced."""
@@ -45,12 +52,15 @@ class ProcessState:
 
     Args:
         settings: those of a framework.
+        generators: those of a framework.
     """
 
-    def __init__(self, settings: tuple[Setting, ...]) -> None:
+    def __init__(
+        self, settings: tuple[Setting, ...] = (), generators: tuple[Generator, ...] = ()
+    ) -> None:
         self._settings = (*_SETTINGS, *settings)
         self._values = [setting.get() for setting in self._settings]
-        self._random = random.getstate(), np.random.get_state()  # noqa: NPY002  # what layers use
+        self._states = [(one, one.get()) for one in (*_GENERATORS, *generators)]
 
     def restore(self) -> Changes:
         """Put back what has changed since."""
@@ -69,8 +79,8 @@ class ProcessState:
                 lasting = lasting or setting.get() != before
             except Exception:
                 lasting = True
-        random.setstate(self._random[0])
-        np.random.set_state(self._random[1])  # noqa: NPY002
+        for generator, state in self._states:
+            generator.put(state)
         return Changes(names, lasting)
 
 
@@ -139,4 +149,9 @@ _SETTINGS = (
     ),
     Setting("stdout and stderr", lambda: (_is_open(1), _is_open(2))),
     Setting("the threads of Python", lambda: sorted(t.name for t in threading.enumerate())),
+)
+
+_GENERATORS = (
+    Generator(random.getstate, random.setstate),
+    Generator(np.random.get_state, np.random.set_state),  # what layers use
 )

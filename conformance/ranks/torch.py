@@ -26,7 +26,7 @@ from syncbn.conformance.case import Case, Step
 from syncbn.conformance.frameworks import FRAMEWORKS
 from syncbn.conformance.ranks import network
 from syncbn.conformance.ranks.base import Rank, by_role
-from syncbn.conformance.ranks.process import Setting
+from syncbn.conformance.ranks.process import Generator, Setting
 from syncbn.conformance.ranks.substitutes import torch as substitutes
 
 T = TypeVar("T")
@@ -220,6 +220,13 @@ class TorchRank(Rank):
 
     def settings(self) -> tuple[Setting, ...]:
         return _SETTINGS
+
+    def generators(self) -> tuple[Generator, ...]:
+        of_cpu = Generator(torch.get_rng_state, torch.set_rng_state)
+        if self.device.type == "cpu":
+            return (of_cpu,)
+        module = getattr(torch, self.device.type)
+        return (of_cpu, Generator(module.get_rng_state, module.set_rng_state))
 
     def unsupported(self, case: Case) -> str | None:
         if "process_group" in case.layer and not self.rank_ids:

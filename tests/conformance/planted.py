@@ -51,6 +51,15 @@ class FailsByChannels(SyncBatchNorm):
         return super().forward(input)
 
 
+class Renamed(SyncBatchNorm):
+    """The documented eps has another name, so Python itself refuses every value of it."""
+
+    def __init__(self, num_features: int, epsilon: float = 1e-5, **rest: Any) -> None:
+        if "eps" in rest:
+            raise TypeError("Renamed.__init__() got an unexpected keyword argument 'eps'")
+        super().__init__(num_features, epsilon, **rest)
+
+
 class CannotBeBuilt:
     def __init__(self, *_: Any, **__: Any) -> None:
         raise RuntimeError("planted constructor")

@@ -17,6 +17,7 @@ from syncbn import reports
 from syncbn.conformance import runner, targets
 from syncbn.conformance.__main__ import main
 from syncbn.conformance.case import Case, Data, Step
+from syncbn.conformance.cases import catalogue
 from syncbn.conformance.pool import Outcome, RankPool
 from syncbn.conformance.verdict import Verdict
 
@@ -75,6 +76,15 @@ def test_what_a_layer_returns_or_raises_is_its_own_fault(
     found = judged(unruly, case(channels))
     assert (found.verdict, found.raised) == ("fail", True)
     assert text in str(found.message)
+
+
+def test_an_argument_that_does_not_exist_is_not_refused_for_the_reason_of_the_clause() -> None:
+    cases = [one for one in catalogue(1, "certify") if one.clause in ("ERR-1", "ERR-2")]
+    with RankPool(targets.parse("torch:tests/conformance/planted.py:Renamed"), 1) as pool:
+        found = {(one.clause, judged(pool, one).verdict) for one in cases}
+        refused = judged(pool, cases[-1])
+    assert found == {("ERR-1", "pass"), ("ERR-2", "fail")}
+    assert "also refuses sound arguments of these names: TypeError" in str(refused.message)
 
 
 @pytest.mark.parametrize(("channels", "longest"), [(24, 10_000), (26, 1_000)])

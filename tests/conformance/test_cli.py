@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,43 @@ def test_our_layer_passes_and_the_report_says_so(
     shown = capsys.readouterr().out
     assert "49 of 49 required clauses" in shown
     assert str(out / "report.json") in shown
+
+
+INTERRUPTED = """
+import sys
+
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == "rich.console":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+import syncbn.conformance.__main__
+"""
+
+
+def test_ctrl_c_during_the_imports_ends_in_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "syncbn-conformance: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--memory", "0"], "must be a positive number of GiB, got '0'"),
+        (["--memory", "1e9"], "must be a positive number of GiB, got '1e9'"),
+        (["--memory", "2", "--device", "cuda"], "--memory must be left out on cuda"),
+    ],
+)
+def test_what_is_no_limit_of_memory(
+    arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(["run", "--oracle", "none", "--out", str(tmp_path), *arguments])
+    except SystemExit as ended:
+        status = int(str(ended.code))
+    assert status == 2
+    assert text in capsys.readouterr().err
 
 
 def test_a_planted_fault_fails_its_clauses(tmp_path: Path) -> None:

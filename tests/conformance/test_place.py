@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from syncbn import reports
-from syncbn.conformance import progress
+from syncbn.conformance import progress, report, targets
 from syncbn.conformance.__main__ import main
 from syncbn.conformance.cases import catalogue
 from syncbn.conformance.place import Place, PlaceError
+from syncbn.conformance.pool import RankPool
 from syncbn.conformance.selection import Selection, SelectionError, shard
 
 ASKED = {"ranks": 1}
@@ -129,6 +130,27 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(
     assert second["cases"][0] == first["cases"][0]
     ids = [case["id"] for case in second["cases"]]
     assert ids == [case.id for case in Selection(("CTOR-2", "ERR-3")).of(1, "certify")]
+
+
+def test_a_resumed_run_keeps_the_restarts_of_before(tmp_path: Path) -> None:
+    restart = {"case": "0" * 12, "reason": "rank 1 died", "seconds": 2.5}
+    with Place(tmp_path) as place:
+        place.begin(ASKED, [])
+        place.add(ROW, [restart])
+    with Place(tmp_path) as place:
+        place.resume(ASKED)
+        assert (place.rows, place.restarts) == ([ROW], [restart])
+    document = report.build(
+        RankPool(targets.parse("syncbn.torch"), 1),
+        [],
+        profile="smoke",
+        level="decided",
+        seconds=1.0,
+        oracle="--oracle none",
+        run=place.about,
+        restarts_before=place.restarts,
+    )
+    assert document["restarts"] == [restart]
 
 
 def test_the_first_failure_ends_a_fast_run(tmp_path: Path) -> None:

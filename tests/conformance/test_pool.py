@@ -94,6 +94,15 @@ def test_what_a_layer_changes_in_its_process_is_put_back() -> None:
         assert pool.starts == 1
 
 
+def test_random_numbers_are_put_back_without_a_report() -> None:
+    with RankPool(targets.parse(UNRULY), 2) as pool:
+        found = [runner.run_case(pool, without_backward(27)) for _ in range(2)]
+        assert pool.starts == 1
+    assert "RuntimeError: 0." in str(found[0].verdict.message)
+    assert found[0].verdict.message == found[1].verdict.message
+    assert [one.changed for one in found] == [(), ()]
+
+
 @pytest.mark.parametrize(
     ("channels", "changed", "verdict"),
     [

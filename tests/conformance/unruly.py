@@ -65,6 +65,10 @@ def surrogates(_: Tensor) -> None:
     raise ValueError("\ud800 \0")
 
 
+def draws(_: Tensor) -> None:
+    raise RuntimeError(f"{torch.rand(()).item()} {random.random()}")
+
+
 def changes(_: Tensor) -> None:
     """All that can be put back."""
     torch.set_default_dtype(torch.float64)
@@ -133,6 +137,7 @@ AFTER: dict[int, Callable[[Tensor], Any]] = {
     24: wordy,
     25: mute,
     26: surrogates,
+    27: draws,
     40: lambda y: y.to("meta"),
     41: lambda y: y.to_sparse(),
     42: lambda y: None,
