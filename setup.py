@@ -11,7 +11,8 @@ project = (HERE / "pyproject.toml").read_text()
 repository = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE)
 assert repository is not None
 readme = (HERE / "README.md").read_text()
-readme = re.sub(r"(!\[[^]]*\]\()(?!https?://)", rf"\g<1>{repository[1]}/raw/main/", readme)  # images
+# Images.
+readme = re.sub(r"(!\[[^]]*\]\()(?!https?://)", rf"\g<1>{repository[1]}/raw/main/", readme)
 
 setup(
     long_description=re.sub(r"\]\((?!https?://|#)", f"]({repository[1]}/blob/main/", readme),

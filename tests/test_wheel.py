@@ -23,6 +23,7 @@ import pytest
 
 import syncbn
 from syncbn.conformance.cases import catalogue
+from syncbn.conformance.certification.environment import suite_files
 from tests.test_imports import MODULES, ROOT, UNSHIPPED
 
 RUN = ("run", "--profile", "smoke", "--target", "syncbn.torch", "--ranks", "2", "--oracle", "none")
@@ -227,6 +228,16 @@ class TestWithoutExtras:
         ):
             assert (done.returncode, done.stdout, done.stderr) == (2, "", text)
         assert files(tmp_path) == []
+
+
+def test_it_has_the_suite_of_the_checkout(without_torch: Environment, tmp_path: Path) -> None:
+    """So a package that one of them made is verified by the other."""
+    code = (
+        "import json; from syncbn.conformance.certification.environment import suite_files;"
+        "print(json.dumps(suite_files()))"
+    )
+    done = without_torch.run("-c", code, at=tmp_path)
+    assert json.loads(done.stdout) == suite_files()
 
 
 def test_a_target_without_its_framework(without_torch: Environment, tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ def title(environment: Mapping[str, Any], result: str) -> str:
     target = environment["target"]
     how = [f"mode {target['mode']}"] if target["mode"] else []
     how += [f"backend {target['backend']}"] if target["backend"] else []
+    how += [f"collectives {target['collectives']}"] if target["collectives"] else []
+    how += ["ranks share a device"] if target["share_device"] else []
     rung = _RUNGS[target["rung"]].format(device=target["device"])
     ranks = ", ".join(map(str, environment["plan"]["ranks"]))
     layer = ", ".join([f"{target['name']} on {target['device']}", *how])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from syncbn import reports
-from syncbn.conformance import must_pass, report, runner
+from syncbn.conformance import ConformanceError, must_pass, report, runner
 from syncbn.conformance.case import Case
 from syncbn.conformance.certification import contents, product, raw, signature
 from syncbn.conformance.certification.environment import TOOLS, suite_files
@@ -156,7 +156,7 @@ class _Verifier:
         known = self._environment
         try:
             runs = self._plan.runs(known["target"]["device"], known["devices"])
-        except Exception as error:
+        except ConformanceError as error:
             raise self._stop(f"{contents.ENVIRONMENT}: {error}") from error
         tool = TOOLS.get(known["target"]["device"])
         if tool and tool not in known["here"]["accelerator"]:

@@ -129,7 +129,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    for command in ("run", "replay", "report", "targets", "list", "show", "explore", "freeze"):
+    commands = ("run", "certify", "verify", "replay", "report", "targets", "list", "show")
+    for command in (*commands, "explore", "freeze"):
         assert f"\n    {command} " in shown
     assert "Exit status: 0 pass, 1 fail, 2 an error" in shown
 

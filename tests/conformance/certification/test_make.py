@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 import syncbn
+from syncbn.conformance import __main__ as command_line
 from syncbn.conformance import targets
 from syncbn.conformance.__main__ import main
 from syncbn.conformance.case import Case, Step
@@ -86,6 +88,28 @@ def test_what_changes_during_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(CertificationError, match=r"changed during the runs: suite.files.a"):
             one.finish()
     assert not (tmp_path / contents.CERTIFICATE).exists()
+
+
+def test_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a plan of few cases in the place of the real one."""
+    for name in ("Maker", "verify"):
+        few = functools.partial(getattr(command_line, name), plan=PLAN)
+        monkeypatch.setattr(command_line, name, few)
+    (tmp_path / "product.json").write_text(json.dumps(PRODUCT))
+    where = ["--product", str(tmp_path / "product.json"), "--out", str(tmp_path / "package")]
+    layer = "torch:tests/conformance/planted.py:LocalCount"
+    target = ["--target", layer]
+    assert main(["certify", *target, *where]) == 1
+    *_, title, last = capsys.readouterr().out.splitlines()
+    assert title.startswith(
+        "FAILED at level decided: torch:tests/conformance/planted.py:LocalCount"
+    )
+    assert last == f"package: {tmp_path / 'package'}"
+    assert main(["verify", str(tmp_path / "package")]) == 3
+    assert capsys.readouterr().out.splitlines()[-1] == f"verified: {title}"
+    assert main(["certify", *target, *where]) == 2  # the folder is not empty
 
 
 @pytest.mark.parametrize(
