@@ -73,7 +73,8 @@ class Environment:
                 if source.exists():
                     (self.site / place).symlink_to(source)
 
-        (entry,) = metadata.Distribution.at(next(self.site.glob("syncbn-*.dist-info"))).entry_points
+        ours = metadata.Distribution.at(next(self.site.glob("syncbn-*.dist-info")))
+        (entry,) = ours.entry_points.select(group="console_scripts")
         self.script = folder / "bin" / entry.name
         self.script.write_text(
             f"import sys\nfrom {entry.module} import {entry.attr}\nsys.exit({entry.attr}())\n"
