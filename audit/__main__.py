@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from audit import ladder, versions
+from audit import gate, ladder, versions
 from audit.failures import known, page
 from audit.fuzz import READERS
 from audit.fuzz import run as fuzz
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _mutants_options(add("mutants", _mutants, "Run the suite on layers with one planted fault."))
+    _gate_options(add("gate", _gate, "Gate layers with one planted fault: all must be red."))
     _mutate_options(add("mutate", _mutate, "Run the suite on random changes to syncbn.torch."))
     _failures_options(add("failures", _failures, "Write which cases catch which known failure."))
     _study_options(add("study", _study, "Calibrate the bound on sound and unsound layers."))
@@ -89,6 +90,25 @@ def _mutants(options: argparse.Namespace) -> int:
         profile=options.profile,
         out=options.out,
         page=options.document,
+        console=_console(),
+    )
+
+
+def _gate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("mutant", nargs="*", help="names (default all)")
+    parser.add_argument("--framework", default="torch", choices=FRAMEWORKS, help="default torch")
+    parser.add_argument("--out", type=Path, default=_OUT / "gate", help="folder of the reports")
+    _case_options(parser)
+
+
+def _gate(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    return gate.main(
+        framework=options.framework,
+        names=options.mutant,
+        ranks=options.ranks,
+        profile=options.profile,
+        out=options.out,
         console=_console(),
     )
 

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 # Clauses whose cases repeat the questions of others in a special setting, such as another layout.
 # A fault of a step fails them as well, so they come after the clause that the fault is about.
-_REPEATING = [
-    "CTOR-5",
-    "CTOR-6",
-    "CTOR-8",
-    "ERR-7",
-    "ERR-8",
-    "ERR-9",
-    "FWD-7",
-    "FWD-8",
-    "FWD-9",
-    "NUM-1",
-    "NUM-2",
-    "NUM-3",
-    "NUM-4",
-]
+_REPEATING = {
+    *("CTOR-5", "CTOR-6", "CTOR-8", "ERR-7", "ERR-8", "ERR-9", "FWD-6", "FWD-7", "FWD-8"),
+    *("STAT-7", "NUM-1", "NUM-2", "NUM-3", "NUM-4"),
+}
 _MOST, _SOME = 2 / 3, 1 / 3
 
 
@@ -27,8 +16,8 @@ def importance(
 ) -> tuple[bool, int, bool, int]:
     """A key that sorts clauses, the most important first.
 
-    Clauses that count come before others, then those of which at least two thirds of the cases
-    fail, at least one third, some, none. Among these, clauses that repeat the questions of others
+    Clauses that count come before others, then those of which more than two thirds of the cases
+    fail, more than one third, some, none. Among these, clauses that repeat the questions of others
     come last, and otherwise the order of the contract decides: a wrong output comes before the
     gradients and statistics that it spoils.
 
@@ -38,5 +27,5 @@ def importance(
         place: of the clause in the contract.
     """
     share = failing / cases if cases else 0.0
-    level = 0 if share >= _MOST else 1 if share >= _SOME else 2 if failing else 3
+    level = 0 if share > _MOST else 1 if share > _SOME else 2 if failing else 3
     return not required, level, clause in _REPEATING, place

@@ -208,8 +208,8 @@ def main(
         TargetError: there is no mutant or framework of that name.
         PageError: the page has no place for the table.
     """
-    _check_names("framework", frameworks, FRAMEWORKS)
-    _check_names("mutant", names, MUTANTS)
+    check_names("framework", frameworks, FRAMEWORKS)
+    check_names("mutant", names, MUTANTS)
     start = time.monotonic()
     rows: list[Row] = []
     for framework in frameworks:
@@ -243,7 +243,8 @@ def main(
     return 1 if any(row.wrong for row in rows) else 0
 
 
-def _check_names(kind: str, names: Sequence[str], known: Collection[str]) -> None:
+def check_names(kind: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Raise TargetError for a name that is not known."""
     for name in names:
         if name not in known:
             raise TargetError(f"{kind} must be one of {', '.join(known)}, got {name!r}")
