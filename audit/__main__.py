@@ -20,6 +20,7 @@ from audit.mutate import run as mutate
 from audit.mutate.changes import KINDS
 from audit.storm import run as storm
 from audit.study import run as study
+from audit.weaknesses import run as weaknesses
 from syncbn.conformance import ConformanceError
 from syncbn.conformance.cases import PROFILES, catalogue
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     _versions_options(add("versions", _versions, "Judge the oldest and the newest torch."))
     _storm_options(add("storm", _storm, "Run the suite under random faults."))
     _fuzz_options(add("fuzz", _fuzz, "Give random bytes to what reads files and connections."))
+    add("weaknesses", _weaknesses, "Try again what the judge once did wrong.")
     _kernels_steps(
         commands.add_parser("kernels", help="Prove the Triton kernels without a device.")
     )
@@ -211,6 +213,10 @@ def _fuzz(options: argparse.Namespace) -> int:
         out=options.out,
         console=_console(),
     )
+
+
+def _weaknesses(_: argparse.Namespace) -> int:
+    return weaknesses.main(_console())
 
 
 def _kernels_steps(parser: argparse.ArgumentParser) -> None:
