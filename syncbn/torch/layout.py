@@ -10,8 +10,10 @@ from torch import Tensor
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of one place are neighbours, as in channels_last and slices of it."""
+    if x.is_contiguous() or x.stride(1) != 1:
+        return False
     others = [x.stride(d) for d in range(x.dim()) if d != 1 and x.shape[d] > 1]
-    return not x.is_contiguous() and x.stride(1) == 1 and min(others, default=0) >= x.shape[1]
+    return min(others, default=0) >= x.shape[1]
 
 
 def to_rows(t: Tensor, channels_last: bool) -> Tensor:

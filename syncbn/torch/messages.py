@@ -55,15 +55,15 @@ def pack_stats(header: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 def combine_ranks(
     table: Tensor, counts: Sequence[int] | None, filled: bool, eps: float, running: Running | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    means, variances = table[:, WORDS:].view(len(table), 2, -1).unbind(1)
+    channels = (table.shape[1] - WORDS) // 2
+    _, means, variances = table.split([WORDS, channels, channels], 1)
     n, weights = _weights(table, counts, filled)
-    mean = (weights[:, :1] * means).sum(0)
+    mean = (weights[0] * means).sum(0)
     away = means - mean
     squares = torch.addcmul(variances, away, away)
     # Every rank adds its share of eps to the biased variance, which saves an operation.
-    share = constant((eps / len(table), 0.0), table.dtype, table.device).view(1, 2, 1)
-    terms = torch.addcmul(share, weights.unsqueeze(2), squares.unsqueeze(1))
-    var_eps, unbiased = terms.sum(0).unbind(0)
+    share = constant((eps / len(table), 0.0), table.dtype, table.device).view(2, 1, 1)
+    var_eps, unbiased = torch.addcmul(share, weights, squares).sum(1).unbind(0)
     if running is not None:
         move(running, mean, unbiased, None if filled else n > 0)
     return mean, var_eps.rsqrt(), n
@@ -79,16 +79,16 @@ def pack_grad(
 
 
 def _weights(table: Tensor, counts: Sequence[int] | None, filled: bool) -> tuple[Tensor, Tensor]:
-    """n, the sum of the counts, and (ranks, 2): each count over n and over n - 1."""
+    """n, the sum of the counts, and (2, ranks, 1): each count over n and over n - 1."""
     if counts is not None:
         n = sum(counts)
-        words = [count / max(total, 1) for count in counts for total in (n, n - 1)]
+        words = [count / max(total, 1) for total in (n, n - 1) for count in counts]
         weights = constant(tuple(words), table.dtype, table.device)
-        return table.new_full((), n), weights.view(-1, 2)
+        return table.new_full((), n), weights.view(2, -1, 1)
     shares = table[:, HEADER_WORDS:WORDS]
     totals = shares.sum(0)
     divisors = totals if filled else totals.clamp(min=1)
-    return totals[0], shares[:, :1] / divisors
+    return totals[0], (shares[:, :1] / divisors).t().unsqueeze(2)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from syncbn.protocol import COUNT_HIGH, COUNT_LOW, HEADER_WORDS, MARK
 from syncbn.torch import backends, layout
 from syncbn.torch.backends import Running, may_sync_host, statistics_dtype
 from syncbn.torch.groups import ALONE_KEY, Communicator
-from syncbn.torch.messages import WORDS, constant, filled, first_words
+from syncbn.torch.messages import WORDS, constant, first_words
 
 DTYPES = tuple(getattr(torch, name) for name in FLOATING)
 
@@ -80,7 +80,8 @@ def statistics(
         try:
             raise_problem(problem)
             check_input(x, num_features, weight)
-            operations = backends.load(backend, x)
+            chosen = backends.chosen_for(backend, x)
+            operations = backends.module_of(chosen)
             count = x.numel() // num_features
             settings = protocol.Settings(
                 num_features,
@@ -89,7 +90,7 @@ def statistics(
                 dtype,
                 weight is not None,
                 running is not None,
-                backends.chosen_for(backend, x).name,
+                chosen.name,
             )
             mark = protocol.BACKWARD if differentiates else protocol.NOTHING
             words = protocol.header(mark, count, settings, _BACKENDS)
@@ -299,16 +300,14 @@ def _gather(
         if error:
             raise error
         return table, None
-    length = WORDS + 2 * INLINE_CHANNELS
-    inline, rest = message[:length], message[length:]
-    unused = filled(0.0, length - inline.numel(), message.dtype, message.device)
-    table = communicator.all_gather(torch.cat([inline, unused]))
+    length, used = WORDS + 2 * INLINE_CHANNELS, message.numel()
+    rest = message[length:]
+    table = communicator.all_gather(message[:length] if used > length else message.resize_(length))
     headers = table[:, :HEADER_WORDS].tolist()
     counts = _check_together(headers, error, message.device, communicator)
-    table = table[:, : inline.numel()]
-    if rest.numel():  # of the same length on all ranks, because they agree in num_features
-        table = torch.cat([table, communicator.all_gather(rest)], 1)
-    return table, counts
+    if used > length:  # on all ranks, because they agree in num_features
+        return torch.cat([table, communicator.all_gather(rest)], 1), counts
+    return table[:, :used], counts
 
 
 def sum_over_ranks(message: Tensor, error: Exception | None, communicator: Communicator) -> Tensor:

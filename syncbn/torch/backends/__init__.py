@@ -137,7 +137,11 @@ def load(name: str, x: Tensor | None = None) -> Backend:
         ValueError: there is no backend of that name.
         RuntimeError: it needs what is not installed.
     """
-    chosen = chosen_for(name, x) if x is not None else choose(TORCH, name, "")
+    return module_of(chosen_for(name, x) if x is not None else choose(TORCH, name, ""))
+
+
+def module_of(chosen: BackendInfo) -> Backend:
+    """The module of a record. RuntimeError if it needs what is not installed."""
     try:
         module = importlib.import_module(chosen.module)
     except ModuleNotFoundError as error:

@@ -87,8 +87,8 @@ def normalize(
     if not _has_native_kernels(x):
         y = _centered(x, mean) * _per_channel(scale)
         return (y if bias is None else y + _per_channel(bias)).to(x.dtype)
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return _affine(x, scale, shift)
+    zeros = filled(0.0, mean.numel(), mean.dtype, mean.device)
+    return _affine(x, scale, torch.addcmul(zeros if bias is None else bias, mean, scale, value=-1))
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,18 +132,16 @@ def input_grad(
         dx -= _centered(x, mean) * _per_channel(slope)
         return (dx * _per_channel(scale)).to(dy.dtype)
     # The scale comes last: scale * slope, as a coefficient of x, underflows where x is large.
-    slope, shift = -slope, mean * slope - sum_dy / n
     dtype = _accumulating(x)
-    scale = scale.to(dtype).view(1, -1, 1)
+    shift = torch.addcdiv(mean * slope, sum_dy, n, value=-1)
+    slope, shift, scale = (_per_channel(v.to(dtype)) for v in (slope, shift, scale))
+    dx = torch.empty_like(dy)
     rows = max(1, _CACHED // x[0].numel())
-    if x.dtype == dtype:
-        dx = _affine(x, slope, shift)
-        for part, dy_part in zip(dx.split(rows), dy.split(rows), strict=True):
-            part.add_(dy_part).mul_(scale)
-        return dx
-    dx = torch.empty_like(dy)  # of halves, which are rounded once, part by part in the cache
     for part, x_part, dy_part in zip(dx.split(rows), x.split(rows), dy.split(rows), strict=True):
-        part.copy_(_affine(x_part.to(dtype), slope, shift).add_(dy_part.to(dtype)).mul_(scale))
+        # In the cache, and in float32 also for halves, which are rounded once.
+        terms = part if part.dtype == dtype else torch.empty_like(part, dtype=dtype)
+        torch.addcmul(dy_part.to(dtype), x_part.to(dtype), slope, value=-1, out=terms)
+        torch.mul(terms.add_(shift), scale, out=part)
     return dx
 
 
