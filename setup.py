@@ -13,9 +13,6 @@ assert repository is not None
 readme = (HERE / "README.md").read_text()
 # Images.
 readme = re.sub(r"(!\[[^]]*\]\()(?!https?://)", rf"\g<1>{repository[1]}/raw/main/", readme)
-readme = re.sub(
-    r"(!\[[^]]*\]\()(?!https?://)", rf"\g<1>{repository[1]}/raw/main/", readme
-)  # images
 
 setup(
     long_description=re.sub(r"\]\((?!https?://|#)", f"]({repository[1]}/blob/main/", readme),
