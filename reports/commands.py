@@ -17,7 +17,7 @@ from syncbn.reports.files import write
 from syncbn.reports.findings import findings
 from syncbn.reports.gate import MAX_GROWTH, MAX_SLOWDOWN, RATIO_FLOOR, gate
 from syncbn.reports.gate_views import ANNOTATIONS, gate_junit, lines, summary
-from syncbn.reports.page import page
+from syncbn.reports.page import load_product, page
 from syncbn.reports.table import summarize
 from syncbn.reports.waivers import load_waivers
 
@@ -135,7 +135,7 @@ def add_html(parser: argparse.ArgumentParser) -> None:
         "place",
         metavar="REPORT_OR_DIR",
         type=Path,
-        help="a report, the directory of a run, or a directory with a report.json in runs/*",
+        help="a report, the directory of a run, or the package of a certificate",
     )
     parser.add_argument("--out", type=new_file, required=True, help="the file to write")
     parser.set_defaults(command=_html)
@@ -154,7 +154,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _html(options: argparse.Namespace) -> int:
     runs = sorted(options.place.glob("runs/*/report.json"), key=_by_number)
-    write(options.out, page([_load(path) for path in runs or [options.place]]), "page")
+    product = options.place / "product.json"
+    found = [_load(path) for path in runs or [options.place]]
+    write(options.out, page(found, load_product(product) if runs else None), "page")
     print(f"wrote {options.out}")
     return 0
 

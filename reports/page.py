@@ -9,12 +9,15 @@ from typing import Any
 
 from syncbn.reports.charts import heat_map, histograms, pairs, ratio_bar
 from syncbn.reports.document import THRESHOLD, Report
+from syncbn.reports.files import ReportError, read
 from syncbn.reports.importance import importance
+from syncbn.reports.schema import parse
 from syncbn.reports.table import facts, ratio_text, replay_command, subject
 from syncbn.reports.text import escaped, one_line
 
 _CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 _FAILING = ("fail", "hang", "crash", "error")
+_LARGEST_PRODUCT = 100_000  # bytes
 _CASES_SHOWN = 5  # failing cases of a clause
 _LINES_SHOWN = 12  # of the message of a case
 _STAMPS = {"pass": "PASS", "fail": "FAIL", "error": "NO VERDICT", "incomplete": "INCOMPLETE"}
@@ -40,6 +43,23 @@ def page(reports: Sequence[Report], product: Mapping[str, str] | None = None) ->
     title = (product or {}).get("name") or target
     body = "".join(_run(report, title, product) for report in reports)
     return shell(f"{title}: conformance", body + _reading())
+
+
+def load_product(path: Path) -> dict[str, str]:
+    """What a certificate names as its product: texts by name.
+
+    Raises:
+        ReportError: the file cannot be read, or holds something else.
+    """
+    try:
+        product = parse(read(path, _LARGEST_PRODUCT, "product"))
+    except ReportError:
+        raise
+    except ValueError as error:
+        raise ReportError(f"product {path} is not JSON: {error}") from error
+    if not isinstance(product, dict) or not all(isinstance(one, str) for one in product.values()):
+        raise ReportError(f"product {path}: must be an object of texts")
+    return {str(name): str(value) for name, value in product.items()}
 
 
 def shell(title: str, body: str) -> str:
@@ -113,7 +133,7 @@ def _header(report: Report, title: str, product: Mapping[str, str] | None) -> st
     note = (
         f"<p><b>{missing} cases on the list of the profile did not run.</b></p>" if missing else ""
     )
-    about = {str(name): str(value) for name, value in (product or {}).items() if name != "name"}
+    about = {name: value for name, value in (product or {}).items() if name != "name"}
     return (
         f"<header><div class=head><div><h1>{escaped(one_line(title))}</h1>"
         f"<p class=lead>{escaped(subject(report))}</p></div>{stamp(report)}</div>{note}"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import re
+import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from syncbn import reports
 from syncbn.conformance.__main__ import main
@@ -418,6 +421,32 @@ class TestCommand:
         assert self.gate(folder, "old.json") == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "is not a valid baseline: " in line
+
+    @given(data=st.data())
+    @settings(max_examples=100, deadline=None, database=None, derandomize=True)
+    def test_any_edit_of_a_baseline_is_a_verdict_or_one_line(self, data: st.DataObject) -> None:
+        document = json.loads(text(baseline(run())))
+        place: Any = document
+        for _ in range(data.draw(st.integers(0, 3))):
+            keys = list(place) if isinstance(place, dict) else range(len(place))
+            inner = [key for key in keys if isinstance(place[key], (dict, list)) and place[key]]
+            if inner:
+                place = place[data.draw(st.sampled_from(inner))]
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        edits: st.SearchStrategy[Any] = st.sampled_from(
+            [None, True, -1, 0, 10**400, 1e308, "", EVIL, "inf", [], {}]
+        )
+        place[data.draw(st.sampled_from(keys))] = data.draw(edits)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "b.json")
+            path.write_text(json.dumps(document))
+            try:
+                found = gate(load_baseline(path), run(), today=TODAY)
+            except ReportError:
+                return
+        assert said(found)
+        assert summary(found)
+        ElementTree.fromstring(gate_junit(found))
 
     def test_what_is_too_large_is_not_read(
         self, folder: Path, capsys: pytest.CaptureFixture[str]

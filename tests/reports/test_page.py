@@ -171,8 +171,16 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "runs" / "16").mkdir()
     reports.save(passing() | {"ranks": 2}, tmp_path / "runs" / "2" / "report.json")
     reports.save(failing() | {"ranks": 16}, tmp_path / "runs" / "16" / "report.json")
-    assert main(["html", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    html = ["html", str(tmp_path), "--out", str(tmp_path / "page.html")]
+    for content in (None, "{", "[]", '{"name": 1}'):
+        if content:
+            (tmp_path / "product.json").write_text(content)
+        assert main(html) == 2
+        assert "product" in capsys.readouterr().err
+    (tmp_path / "product.json").write_text('{"name": "Norm 9000", "vendor": "ACME"}')
+    assert main(html) == 0
     text = (tmp_path / "page.html").read_text()
+    assert text.count("<h1>Norm 9000</h1>") == 2
     assert text.index("on 2 cpu ranks") < text.index("on 16 cpu ranks")
     sides = [str(tmp_path / "runs" / ranks) for ranks in ("2", "16")]
     files = ["--html", str(tmp_path / "c.html"), "--markdown", str(tmp_path / "c.md")]
