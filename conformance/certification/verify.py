@@ -213,6 +213,8 @@ class _Verifier:
         """Derive the report of a run from its raw results, and compare."""
         place = contents.name_of(ranks, contents.REPORT)
         given = self._document(place, _REPORT)
+        if "run" not in given:  # reports of before 2026-11-27 do not have it
+            raise self._stop(f"{place}: run is missing")
         known = self._environment
         suite = {name: v for name, v in known["here"]["suite"].items() if name != "files"}
         settled = {
@@ -224,8 +226,7 @@ class _Verifier:
             "level": known["level"],
         }
         self._compare(place, {name: given[name] for name in settled}, settled)
-        command = given.get("run", {}).get("command")
-        self._compare(f"{place}: run.command", command, known["command"])
+        self._compare(f"{place}: run.command", given["run"]["command"], known["command"])
         rows = self._rows(ranks, given)
         facts = {
             name: value

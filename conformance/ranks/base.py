@@ -88,7 +88,8 @@ class Rank(ABC):
         self.float64 = target["float64"]
         self.layer_args: dict[str, Any] = target["layer_args"]
         self._suite = Suite()
-        self.cls: Callable[..., Any] = getattr(import_module(target["module"]), target["cls"])
+        self._module = import_module(target["module"])
+        self.cls: Callable[..., Any] = getattr(self._module, target["cls"])
         if patched := self._suite.patched():
             raise RuntimeError(f"the module of the layer replaces {', '.join(patched[:3])}")
         self.groups: dict[tuple[int, ...], Any] = {}
@@ -99,7 +100,7 @@ class Rank(ABC):
 
     def sources(self) -> dict[str, Any]:
         """The files of the layer that this process has loaded, and the distribution it is from."""
-        return sources_of(self.cls.__module__)
+        return sources_of(self._module.__name__)
 
     @abstractmethod
     def host(self) -> int:

@@ -1,4 +1,4 @@
-"""Any one value of a package, changed at random: the package is refused, or nothing has changed."""
+"""Any one value of a package, changed or taken out at random: the package is refused."""
 
 from __future__ import annotations
 
@@ -67,6 +67,9 @@ def places(document: Any) -> Iterator[tuple[Any, Any]]:
 def edit(document: Any, draw: random.Random) -> str:
     container, key = draw.choice(list(places(document)))
     before = container[key]
+    if draw.random() < 0.2:
+        del container[key]
+        return f"{key}: {before!r} was taken out"
     container[key] = other(before, draw)
     return f"{key}: {before!r} became {container[key]!r}"
 

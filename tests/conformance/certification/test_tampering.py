@@ -309,6 +309,11 @@ TAMPERINGS: dict[str, tuple[str, Change, str]] = {
         edited(REPORT, lambda report: report["run"].update(id="0" * 16)),
         ".run.id is",
     ),
+    "the id, date and command of a run": (
+        "passed",
+        edited(REPORT, lambda report: report.pop("run")),
+        f"{REPORT}: run is missing",
+    ),
     "the environment of a run": (
         "passed",
         edited(REPORT, lambda report: report["environment"].update(torch="2.0.0")),
