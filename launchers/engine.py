@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from syncbn.launchers.handshake import Reception
@@ -44,6 +44,7 @@ class EngineLauncher(ABC):
 
     name: str  # of the engine
     variables: tuple[str, str, str]  # for rank, number of ranks, and rank on its machine
+    lasts: bool = True  # whether its places can have new ranks
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -87,7 +88,7 @@ class EngineLauncher(ABC):
         if self._keepers is None:
             self.check()
             self._keepers = Keepers(self, ranks, environment)
-        job = EngineJob(self._keepers)
+        job = EngineJob(self._keepers, self._after_stop)
         module = command[2] if tuple(command[:2]) == (sys.executable, "-m") else None
         self._keepers.start(
             {
@@ -99,6 +100,10 @@ class EngineLauncher(ABC):
             }
         )
         return job
+
+    def _after_stop(self) -> None:
+        if not self.lasts:
+            self.close()
 
     def close(self) -> None:
         if self._keepers is not None:
@@ -289,8 +294,9 @@ class Keepers:
 class EngineJob:
     """The ranks of one start."""
 
-    def __init__(self, keepers: Keepers) -> None:
+    def __init__(self, keepers: Keepers, after_stop: Callable[[], None]) -> None:
         self._keepers = keepers
+        self._after_stop = after_stop
 
     def processes(self) -> dict[int, int]:
         """Of this machine only: the number of a process means nothing on another one."""
@@ -321,6 +327,7 @@ class EngineJob:
 
     def stop(self) -> None:
         self._keepers.ask_all({"do": "stop"})
+        self._after_stop()
 
 
 def _words(found: Mapping[str, str]) -> str:
