@@ -455,7 +455,7 @@ def _place(lines: list[str]) -> list[str]:
 
 
 def _same_versions(loaded: list[Message]) -> dict[str, str]:
-    """The versions of the software of the ranks.
+    """The versions of the software of the ranks, and their hosts if there are several.
 
     Raises:
         StartError: they differ.
@@ -469,8 +469,8 @@ def _same_versions(loaded: list[Message]) -> dict[str, str]:
                     f"{name} {first['versions'].get(name)}, and rank {rank} on "
                     f"{answer.content['host']} has {version}"
                 )
-    versions: dict[str, str] = first["versions"]
-    return versions
+    hosts = dict.fromkeys(answer.content["host"] for answer in loaded)
+    return {**first["versions"], **({"hosts": ", ".join(hosts)} if len(hosts) > 1 else {})}
 
 
 def _share_of_memory(ranks: int) -> int:

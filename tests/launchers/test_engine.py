@@ -15,7 +15,8 @@ import pytest
 
 from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case, Step
-from syncbn.conformance.pool import RankPool, StartError
+from syncbn.conformance.pool import RankPool, StartError, _same_versions
+from syncbn.conformance.wire import Message
 from syncbn.launchers import LAUNCHERS, engine
 from syncbn.launchers.site import Site
 from tests.launchers.processes import keepers, parent, wait_until_ended
@@ -115,6 +116,18 @@ def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> 
         ),
     ):
         launcher.start([sys.executable, "-c", ""], 1, {})
+
+
+def test_another_version_of_the_framework_is_refused_by_name() -> None:
+    def loaded(host: str, version: str) -> Message:
+        return Message({"host": host, "versions": {"torch": version}}, {})
+
+    assert _same_versions([loaded("a", "2.13"), loaded("b", "2.13")]) == {
+        "torch": "2.13",
+        "hosts": "a, b",
+    }
+    with pytest.raises(StartError, match=r"rank 0 on a has torch 2\.13, and rank 1 on b has 2\.12"):
+        _same_versions([loaded("a", "2.13"), loaded("b", "2.12")])
 
 
 def test_an_engine_that_cannot_start_names_the_host_and_the_reason() -> None:
