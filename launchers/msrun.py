@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import select
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from syncbn.launchers.engine import EngineLauncher
 from syncbn.launchers.site import LOOP_BACK, Site, free_port
 
+_PAUSE_SECONDS = 0.5  # between looks for workers
 _SCHEDULER = "from mindspore.communication import init; init()"
 
 # msrun starts the first python3 in PATH, which must be that of the suite: $0 is its folder. The
@@ -84,11 +86,32 @@ class MsrunLauncher(EngineLauncher):
 
 
 def _schedule() -> None:
-    """Be the scheduler until the controller ends, which closes the pipe at stdin."""
+    """Be the scheduler until the controller ends, which closes the pipe at stdin, or all workers.
+
+    msrun waits for its scheduler, also after a worker that failed.
+    """
     # In a child process, because init() lets no other thread run.
     scheduler = subprocess.Popen([sys.executable, "-c", _SCHEDULER], stdin=subprocess.DEVNULL)
-    sys.stdin.read()
+    had = has = False
+    while has or not had:
+        had = had or has
+        if select.select([sys.stdin], [], [], _PAUSE_SECONDS)[0]:
+            break
+        has = any(map(_lives, _children(os.getppid())))
     scheduler.kill()
+
+
+def _children(pid: int) -> Iterator[int]:
+    """The children of a process, except this one."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        yield from (int(child) for child in task.read_text().split() if int(child) != os.getpid())
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:  # it has just ended
+        return False
 
 
 def _become(arguments: Sequence[str]) -> None:
