@@ -29,7 +29,7 @@ PATH=$0:$PATH
 logs=$(mktemp -d) || exit
 python3 -m mindspore.parallel.cluster.run "--log_dir=$logs" "$@"
 status=$?
-test $status = 0 || tail -q -n 1 "$logs"/worker_*.log
+test $status = 0 || tail -q -n 1 "$logs"/worker_*.log 2>/dev/null
 rm -rf "$logs"
 exit $status
 """
