@@ -162,7 +162,7 @@ def _detail(gated: Gated, clause: ClauseChange) -> str:
     """The clause and its first change in one line."""
     text = _clause(clause)
     if clause.changes:
-        first = next((c for c in clause.changes if c.bad and not c.waiver), clause.changes[0])
+        first = next((c for c in clause.changes if c.fails and not c.waiver), clause.changes[0])
         text += f". {first.case} {_change(first)}: {first.title}. {_short(first.message)}"
         text += f" Run {replay_command(gated.report, first.row)}" if first.row else ""
     return one_line(text)
