@@ -4,7 +4,8 @@ syncbn.launchers.local starts one for all ranks of this machine, and an engine o
 each rank (syncbn.launchers.engine). It is a program of its own for three reasons. On Linux it
 adopts the processes that a rank leaves behind, so that it can end them; it ends everything when
 the controller ends, in whatever way; and it imports a framework once, so that a rank is a fork of
-it and starts in a moment. It reads what the ranks write, and keeps the end of it.
+it and starts in a moment. It reads what the ranks write, and keeps the end of it. On stdin and
+stdout it has a guard, its own parent: if something kills one of the two, the other ends the rest.
 
 Requests and answers are JSON: one a line on stdin and stdout, or messages of a link to the
 controller if there are arguments. These are HOST:PORT of the controller, and the variables in which
@@ -23,6 +24,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,14 +118,20 @@ class Keeper:
     Args:
         connection: the way to it.
         environment: what every rank gets in addition to what a request gives.
+        guard: the end of a pipe that closes with the guard; None if there is none.
     """
 
-    def __init__(self, connection: _Connection, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, connection: _Connection, environment: Mapping[str, str], guard: int | None = None
+    ) -> None:
+        self._guard = guard
         self._connection = connection
         self._environment = environment
         self._ranks: list[_Rank] = []
         self._selector = selectors.PollSelector()
         self._selector.register(connection, selectors.EVENT_READ)
+        if guard is not None:
+            self._selector.register(guard, selectors.EVENT_READ)
 
     def serve(self) -> None:
         while True:
@@ -132,6 +140,9 @@ class Keeper:
                 if rank.output in ready:
                     self._read(rank)
             self._reap()
+            if self._guard in ready:
+                self.end_all()
+                return
             if self._connection.fileno() not in ready:
                 continue
             try:
@@ -225,13 +236,7 @@ class Keeper:
             if rank.status is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(rank.pid, signal.SIGKILL)
-        while True:
-            for pid in _descendants(os.getpid()):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            if not self._reap():
-                break
-            self._selector.select(0.005)
+        _end_descendants()
         for rank in self._ranks:
             self._close(rank)
         self._ranks = []
@@ -292,6 +297,43 @@ def _descendants(pid: int) -> Iterator[int]:
             yield from _descendants(int(child))
 
 
+def _end_descendants() -> None:
+    """Kill all processes below this one, and wait until they have ended."""
+    while True:
+        for pid in _descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return
+        time.sleep(0.005)
+
+
+def _fork_below_a_guard() -> int:
+    """Go on in a child process. This process becomes the guard, and ends as the child does.
+
+    Returns:
+        The end of a pipe that closes with the guard.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        return reading
+    for of_child in (0, 1, reading):
+        os.close(of_child)
+    _control(_PR_SET_CHILD_SUBREAPER, 1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    _end_descendants()
+    if status < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
 def _control(option: int, value: int) -> None:
     """Set an option of this process, which only Linux has."""
     if sys.platform == "linux":
@@ -316,6 +358,7 @@ def main(arguments: Sequence[str]) -> None:
     """Serve on copies of stdin and stdout, which are not for what an import may print."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the controller handles them, and its end ends all
+    guard = None if arguments else _fork_below_a_guard()
     connection: _Connection = _Pipes(os.dup(0), os.dup(1))
     environment: dict[str, str] = {}
     if arguments:
@@ -325,7 +368,7 @@ def main(arguments: Sequence[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     _control(_PR_SET_CHILD_SUBREAPER, 1)
-    keeper = Keeper(connection, environment)
+    keeper = Keeper(connection, environment, guard)
     try:
         keeper.serve()
     except BaseException:

@@ -176,8 +176,8 @@ def _children(pid: int) -> list[int]:
     return [int(child) for place in tasks for child in place.read_text().split()]
 
 
-def _keeper(controller: int) -> int:
-    """The parent of the ranks.
+def _guard(controller: int) -> int:
+    """The guard of the parent of the ranks.
 
     Raises:
         ProcessLookupError: there is none at the moment.
@@ -186,6 +186,15 @@ def _keeper(controller: int) -> int:
         if b"syncbn.launchers.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
             return pid
     raise ProcessLookupError
+
+
+def _keeper(controller: int) -> int:
+    """The parent of the ranks.
+
+    Raises:
+        IndexError: there is none at the moment.
+    """
+    return _children(_guard(controller))[0]
 
 
 def _any_rank(choose: random.Random, controller: int) -> int:
@@ -207,7 +216,7 @@ def _pause_a_rank(choose: random.Random, controller: int) -> None:
 def _kill_the_parent_of_the_ranks(choose: random.Random, controller: int) -> None:
     if choose.random() < 0.5:  # a run that cannot start twice in a row gives up
         raise IndexError
-    os.kill(_keeper(controller), signal.SIGKILL)
+    os.kill(choose.choice((_guard, _keeper))(controller), signal.SIGKILL)
 
 
 def _pause_the_parent_of_the_ranks(_: random.Random, controller: int) -> None:

@@ -22,6 +22,7 @@ from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
 from syncbn.launchers import LAUNCHERS, Job
 from syncbn.launchers.site import Site
+from tests.launchers.processes import parent
 
 ROOT = Path(__file__).parents[2]
 MARK = f"SYNCBN_TEST_{os.getpid()}"  # these tests may run twice at the same time
@@ -69,6 +70,7 @@ CONTROLLER = """
 import os, sys, time
 from syncbn.launchers import LAUNCHERS
 from syncbn.launchers.site import Site
+from tests.launchers.processes import parent
 launcher = LAUNCHERS["msrun"](Site())
 job = launcher.start([sys.executable, "-c", ""], 2, {sys.argv[1]: sys.argv[2]})
 while sorted(job.ended()) != [0, 1]:
@@ -184,6 +186,7 @@ CONTROLLER_OF_LEAVES = """
 import os, sys, time
 from syncbn.launchers import LAUNCHERS
 from syncbn.launchers.site import Site
+from tests.launchers.processes import parent
 mark, value, leaves = sys.argv[1:]
 launcher = LAUNCHERS["local"](Site())
 job = launcher.start([sys.executable, "-c", leaves], 2, {mark: value})
@@ -243,13 +246,18 @@ def test_the_end_of_a_long_output_is_kept(
         assert on_disk < 1 << 20
 
 
-def test_ranks_end_with_what_keeps_them() -> None:
-    with started("local", "kept", RANK) as job:
-        wait_until(lambda: all("on stderr" in job.output(rank) for rank in (0, 1)))
-        (keeper,) = set(processes("kept")) - set(processes("kept", without=KEEPER))
-        os.kill(keeper, signal.SIGKILL)
+@pytest.mark.parametrize("which", ["guard", "keeper"])
+def test_what_a_rank_starts_ends_with_what_keeps_it(which: str) -> None:
+    before = daemons()
+    with started("local", "kept", LEAVES) as job:
+        wait_until(lambda: all("has left" in job.output(rank) for rank in (0, 1)))
+        wait_until(lambda: len(daemons()) == len(before) + 2)
+        both = set(processes("kept")) - set(processes("kept", without=KEEPER))
+        (guard,) = (pid for pid in both if parent(pid) == os.getpid())
+        (keeper,) = both - {guard}
+        os.kill(guard if which == "guard" else keeper, signal.SIGKILL)
         assert job.ended()[0] == "the parent of the ranks ended: signal 9, SIGKILL"
-        wait_until(lambda: processes("kept") == [], 10.0)
+        wait_until(lambda: processes("kept") == [] and daemons() == before, 20.0)
 
 
 @each_launcher
