@@ -28,7 +28,8 @@ def lines(gated: Gated) -> Iterator[str]:
         for change in clause.changes[:_CASES_SHOWN]:
             yield f"  {change.case} {_change(change)}: {change.title}"
             if change.message:
-                yield f"    {_short(change.message)}"
+                # Not at the start of a line, where CI would take `::` for a command.
+                yield f"    message: {_short(change.message)}"
             if change.row:
                 yield f"    {replay_command(gated.report, change.row)}"
         if len(clause.changes) > _CASES_SHOWN:

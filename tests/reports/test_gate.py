@@ -269,6 +269,12 @@ class TestViews:
         assert f"line={line + 1},title=STAT-2%3A running_var%3A unbiased%2C group" in found[1]
         assert found[1].startswith(f"::error file={path}")
 
+    def test_a_message_is_no_command_of_github(self) -> None:
+        new = run(FWD_1_1="fail")
+        new["cases"][0]["message"] = new["cases"][0]["spec"]["title"] = "::stop-commands::x\n::x::"
+        for line in said(gated(run(), new)).splitlines():
+            assert not line.lstrip().startswith("::")
+
     def test_gitlab(self, tmp_path: Path) -> None:
         (tmp_path / "b.json").write_text(text(baseline(run())))
         issues = json.loads(gitlab(gated(run(), self.new), tmp_path / "b.json"))
