@@ -175,6 +175,8 @@ def _text(
         for clause in failed:
             reason = markdown(str(clause["reason"])[:300])
             yield f"\n- {clause['id']} ({markdown(clause['title'])}) {clause['verdict']}: {reason}"
+        if others := ", ".join(_not_counted(report)):
+            yield f"\nOn {ranks} ranks, clauses that do not count: {markdown(others)}."
     yield "\n## What this does not show\n"
     yield _LIMITS
     yield f"`syncbn-conformance verify` checks this package; made by {_command(environment)}"
@@ -186,8 +188,15 @@ def _row(report: Report) -> Iterator[str]:
     yield f"{required['pass']} of {sum(required.values())}"
     yield str(sum(cases.values()))
     yield str(cases["unsupported"])
-    ratios = [float(one["ratio"]) for one in report["cases"] if one["ratio"] is not None]
-    yield f"{max(ratios, default=0.0):.3g}"
+    ratios = [one["worst_ratio"] for one in report["clauses"] if one["required"]]
+    yield f"{max((float(one) for one in ratios if one is not None), default=0.0):.3g}"
+
+
+def _not_counted(report: Report) -> Iterator[str]:
+    """The clauses that do not count and did not pass, each with its verdict."""
+    for clause in report["clauses"]:
+        if clause["cases"] and not clause["required"] and clause["verdict"] != "pass":
+            yield f"{clause['id']} {clause['verdict']}"
 
 
 def _digest_of(files: Mapping[str, str]) -> str:

@@ -61,6 +61,19 @@ def test_where_a_layer_failed(failed: Path) -> None:
     assert "planted.py" in environment["sources"]["files"]
 
 
+def test_the_text_names_what_does_not_count(failed: Path) -> None:
+    given = load(failed, contents.name_of(2, contents.REPORT))
+    for clause in given["clauses"]:
+        clause["required"] = clause["id"] == "FWD-1"
+    environment = load(failed, contents.ENVIRONMENT)
+    text = contents.text(PRODUCT, environment, {2: given}, "FAILED", PLAN)
+    (line,) = [line for line in text.splitlines() if "do not count" in line]
+    assert line.startswith("On 2 ranks, clauses that do not count: ")
+    assert "STAT\\-2 fail" in line
+    (row,) = [line for line in text.splitlines() if line.startswith("| 2 |")]
+    assert float(row.split("|")[-2]) < 3  # that of FWD-1, not that of STAT-2
+
+
 def test_the_folder_must_be_empty(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CertificationError, match="must be empty"), maker(tmp_path):
