@@ -33,6 +33,7 @@ from syncbn.launchers.site import Site, is_here, machine, versions
 _START_SECONDS = 120.0  # in which all keepers connect, and in which each imports a framework
 _ANSWER_SECONDS = 10.0  # in which a keeper answers anything else
 _END_SECONDS = 10.0  # in which the engine ends after its keepers
+_KILL_SECONDS = 40.0  # in which it ends what did not end by itself; torchrun gives that 30 s
 
 
 class EngineError(OSError):
@@ -170,12 +171,15 @@ class Node:
         return f"{how} ({reason})" if reason else how
 
     def close(self) -> None:
-        """Wait until the engine has ended after its keepers, or kill it."""
+        """Wait until the engine has ended after its keepers, or end it with what it has left."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
+        self._process.terminate()  # engines then end their processes, at last by SIGKILL
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_SECONDS)
         with contextlib.suppress(ProcessLookupError):  # what it has left of its session
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

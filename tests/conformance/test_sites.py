@@ -94,7 +94,7 @@ def test_a_dry_run_prints_the_command_of_every_node(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("script", "given"),
-    [("torchrun.sh", ["a.test", "b.test"]), ("mpirun.sh", ["hostfile"])],
+    [("two_nodes.sh", ["a.test", "b.test"]), ("mpirun.sh", ["hostfile"])],
 )
 def test_the_scripts_of_the_examples(script: str, given: list[str], tmp_path: Path) -> None:
     tmp_path.joinpath("hostfile").write_text("# a comment\na.test slots=4\nb.test slots=4\n")

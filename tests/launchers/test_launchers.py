@@ -70,9 +70,9 @@ CONTROLLER = """
 import os, sys, time
 from syncbn.launchers import LAUNCHERS
 from syncbn.launchers.site import Site
-from tests.launchers.processes import parent
-launcher = LAUNCHERS["msrun"](Site())
-job = launcher.start([sys.executable, "-c", ""], 2, {sys.argv[1]: sys.argv[2]})
+name, mark, value = sys.argv[1:]
+launcher = LAUNCHERS[name](Site())
+job = launcher.start([sys.executable, "-c", ""], 2, {mark: value})
 while sorted(job.ended()) != [0, 1]:
     time.sleep(0.1)
 os.kill(os.getpid(), 9)
@@ -186,7 +186,6 @@ CONTROLLER_OF_LEAVES = """
 import os, sys, time
 from syncbn.launchers import LAUNCHERS
 from syncbn.launchers.site import Site
-from tests.launchers.processes import parent
 mark, value, leaves = sys.argv[1:]
 launcher = LAUNCHERS["local"](Site())
 job = launcher.start([sys.executable, "-c", leaves], 2, {mark: value})
@@ -319,13 +318,13 @@ def test_ranks_of_mindspore_meet_while_others_do() -> None:
             assert f"rank {rank} has 21.0" in second.output(rank)
 
 
-@needs_mindspore
-def test_the_scheduler_ends_with_a_controller_that_is_killed(tmp_path: Path) -> None:
-    """Ranks see it on their connection; the scheduler has none, and waits long for ranks."""
-    command = [sys.executable, "-c", CONTROLLER, MARK, "killed"]
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("msrun", marks=needs_mindspore)])
+def test_an_engine_ends_with_a_controller_that_is_killed(launcher: str, tmp_path: Path) -> None:
+    """Also msrun's scheduler, which waits long for ranks."""
+    command = [sys.executable, "-c", CONTROLLER, launcher, MARK, f"killed-{launcher}"]
     controller = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)})
-    assert controller.wait(60) == -signal.SIGKILL
-    wait_until(lambda: processes("killed") == [], 20.0)
+    assert controller.wait(120) == -signal.SIGKILL
+    wait_until(lambda: processes(f"killed-{launcher}") == [], 30.0)
 
 
 def test_msrun_without_mindspore(

@@ -20,6 +20,7 @@ from syncbn.conformance import runner, targets
 from syncbn.conformance.__main__ import main
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool, StartError
+from syncbn.launchers import engine
 from tests.launchers import slurm
 from tests.launchers.processes import keepers, wait_until_ended
 
@@ -81,6 +82,25 @@ def test_ranks_are_placed_lost_and_placed_again(launcher: str) -> None:
         assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
         last = keepers(pool)
     wait_until_ended(*first, *last)
+
+
+def test_a_keeper_that_is_stopped_is_named_and_ended(
+    launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_ANSWER_SECONDS", 3.0)
+    monkeypatch.setattr(engine, "_END_SECONDS", 1.0)
+    with RankPool(targets.parse("syncbn.torch"), 2, launcher) as pool:
+        assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+        assert pool._job is not None
+        stopped, rank = keepers(pool)[1], pool._job.processes()[1]
+        os.kill(stopped, signal.SIGSTOP)
+        os.kill(rank, signal.SIGKILL)
+        found = runner.run_case(pool, GOOD).verdict
+        assert found.verdict == "error"
+        assert "the keeper of rank 1 on " in str(found.message)
+        assert "does not answer" in str(found.message)
+        wait_until_ended(stopped)
+        assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
 
 
 def test_what_the_engine_says_is_the_reason(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
