@@ -26,9 +26,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from syncbn.conformance.case import Case, Step
+from syncbn.conformance.ranks import network
 from syncbn.conformance.ranks.base import Rank
 
-_LOOP_BACK = "127.0.0.1"
 _AXIS = "ranks"
 _SPLIT, _WHOLE = PartitionSpec(_AXIS), PartitionSpec()
 _COLLECTIVE = re.compile(
@@ -55,15 +55,18 @@ class JaxRank(Rank):
 
     def host(self) -> int:
         with socket.socket() as probe:  # JAX cannot choose a free port
-            probe.bind((_LOOP_BACK, 0))
+            probe.bind((network.meeting(), 0))
             port: int = probe.getsockname()[1]
         return port
 
     def join(self, port: int) -> None:
         if self.world is None:
-            address = f"{_LOOP_BACK}:{port}"
+            address = f"{network.meeting()}:{port}"
             jax.distributed.initialize(
-                address, self.ranks, self.rank, coordinator_bind_address=address
+                address,
+                self.ranks,
+                self.rank,
+                coordinator_bind_address=address,  # of rank 0
             )
             self.world = self.create_group(tuple(range(self.ranks)))
         # The old world is as good as a new one if a collective gives what the ranks send now.

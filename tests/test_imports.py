@@ -85,7 +85,12 @@ RULES = {
     "examples": Rule(("syncbn.torch", "syncbn.mindspore"), None),
     "examples.jax_framework": Rule(("syncbn.conformance.frameworks",), ()),
     "examples.jax_rank": Rule(
-        ("syncbn.conformance.case", "syncbn.conformance.ranks.base"), ("numpy", "jax", "flax")
+        (
+            "syncbn.conformance.case",
+            "syncbn.conformance.ranks.base",
+            "syncbn.conformance.ranks.network",
+        ),
+        ("numpy", "jax", "flax"),
     ),
     "benchmarks": Rule(("syncbn", "audit"), None),
     "tests": Rule(("syncbn", "audit", "examples", "benchmarks"), None),
