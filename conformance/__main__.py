@@ -268,15 +268,16 @@ def _certify(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     found = verify(options.folder, options.allowed_signers)
-    for reason in found.refused[:_REASONS]:
-        print(f"refused: {reason}")
-    if len(found.refused) > _REASONS:
-        print(f"refused: {len(found.refused) - _REASONS} more reasons")
+    with _whatever_the_reader_does():
+        for reason in found.refused[:_REASONS]:
+            print(f"refused: {reason}")
+        if len(found.refused) > _REASONS:
+            print(f"refused: {len(found.refused) - _REASONS} more reasons")
+        if not found.refused:
+            print(*found.notes, f"verified: {one_line(found.title)}", sep="\n")
+        sys.stdout.flush()
     if found.refused:
         return 1
-    for note in found.notes:
-        print(note)
-    print(f"verified: {one_line(found.title)}")
     return 0 if found.result == "PASSED" else 3
 
 

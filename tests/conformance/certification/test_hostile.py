@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from syncbn.conformance.certification.folder import UnreadableError
 from syncbn.conformance.certification.verify import verify
 from syncbn.conformance.wire import encode
 from tests.conformance.certification.packages import PLAN, bind, load, store
+from tests.test_imports import ROOT
 
 REPORT, RAW = "runs/2/report.json", "runs/2/raw.bin"
 needs_keys = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
@@ -179,6 +181,16 @@ def test_exit_statuses(passed: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["verify", str(passed)]) == 1  # a package of few cases is no certificate
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("refused: environment.json: plan.name is")
+
+
+def test_a_refusal_that_is_not_read_is_one(passed: Path) -> None:
+    """As by `verify DIR | head -0`."""
+    read, write_end = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "syncbn.conformance", "verify", str(passed)]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def key(folder: Path, name: str) -> Path:
