@@ -7,6 +7,7 @@ hold every dtype that the device has.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,7 @@ MAY_BE_UNSUPPORTED = (
     Reason(r"rank \d+ refuses bfloat16: .*", lambda case: "bfloat16" in case.dtypes),
     Reason(r"rank \d+ refuses float64: .*", lambda case: "float64" in case.dtypes),
 )
+_LONGEST_REASON = 200  # characters
 # The only clauses of the page that need not have a case which the layer supports.
 MAY_LACK = ("ERR-5",)
 
@@ -142,11 +144,16 @@ def shortfalls(report: Report, plan: Plan, level: str) -> list[str]:
         none = clause["cases"] == clause["unsupported"] > 0
         if none and CLAUSES[clause["id"]].documented and clause["id"] not in MAY_LACK:
             found.append(f"{clause['id']} is unsupported")
-    found += [
-        f"case {case['id']} of {case['clause']} is unsupported for a reason that is not on the list"
+    unlisted = Counter(
+        (case["clause"], str(case["message"])[:_LONGEST_REASON])
         for case in report["cases"]
         if case["verdict"] == "unsupported" and not _may_be_unsupported(case)
-    ]
+    )
+    for (clause, reason), count in unlisted.items():
+        found.append(
+            f"{count} case{'s' * (count > 1)} of {clause} unsupported for a reason that is not on "
+            f"the list: {reason}"
+        )
     return found
 
 
