@@ -1,4 +1,4 @@
-"""A layer whose first backward waits, so that something can happen to the ranks meanwhile."""
+"""A layer whose backward waits, so that something can happen to the ranks meanwhile."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from syncbn.torch import SyncBatchNorm
 
 
-class SlowOnce(SyncBatchNorm):
-    """With 64 channels, rank 0 writes the file SLOW_FILE in its backward, and waits a moment."""
+class Waits(SyncBatchNorm):
+    """With 64 channels, rank 0 makes the file SLOW_FILE in its backward, and waits for its end."""
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
@@ -23,5 +23,7 @@ class SlowOnce(SyncBatchNorm):
 
 
 def _wait(_: Tensor) -> None:
-    Path(os.environ["SLOW_FILE"]).touch()
-    time.sleep(3.0)
+    file = Path(os.environ["SLOW_FILE"])
+    file.touch()
+    while file.exists():
+        time.sleep(0.001)  # so often that it is no idle rank

@@ -35,7 +35,7 @@ def case(channels):
 
 agent, *hosts = sys.argv[1:]
 site = Site(2, tuple(hosts), ("sh", "-c", agent), hosts[0])
-target = targets.parse("torch:tests/launchers/slow.py:SlowOnce")
+target = targets.parse("torch:tests/launchers/slow.py:Waits")
 with RankPool(target, 4, "torchrun", site=site) as pool:
     for line in sys.stdin:
         verdict = runner.run_case(pool, case(int(line))).verdict
@@ -115,6 +115,7 @@ def test_a_link_that_is_cut_costs_a_case(hosts: tuple[str, ...], tmp_path: Path)
             assert controller.poll() is None
             time.sleep(0.05)
         set_link(hosts[1], "down")
+        reached.unlink()
         found = verdicts.readline()
         assert found.startswith("error the keeper of rank "), found
         assert " on b.test " in found
