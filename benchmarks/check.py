@@ -21,16 +21,20 @@ _ALLOWED = 1.1
 
 def slower(kept: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """One line for every case and layout that became slower."""
-    before = {(*case["shape"], case["dtype"]): case for case in kept["cases"]}
+    before = {_key(case): case for case in kept["cases"]}
     lines = []
     for case in new["cases"]:
-        key = (*case["shape"], case["dtype"])
+        key = _key(case)
         for layout in LAYOUTS if key in before else ():
             was, now = (c[layout]["ratio"]["quartiles"] for c in (before[key], case))
             if now[0] > _ALLOWED * was[1]:
                 quartiles = [f"{low:.2f} to {high:.2f}" for low, high in (now, was)]
                 lines.append(f"{key} {layout}: {quartiles[0]}, was {quartiles[1]}")
     return lines
+
+
+def _key(case: dict[str, Any]) -> tuple[Any, ...]:
+    return (*case["shape"], case["dtype"], case["memory"])
 
 
 def main() -> int:

@@ -8,6 +8,10 @@ that all ranks do the same at a time and load their cores equally. The ratio of 
 SyncBatchNorm's time over BatchNorm2d's; medians and quartiles are taken over the pairs of all
 ranks. The two collectives of a step are timed alone in the same way, on messages of their size.
 
+Everything is timed twice. As the C library does by default, it returns some freed memory to the
+system, and whichever layer takes it again pays for its pages, by the chance of the heap. The other
+time it keeps the memory, and the ratio is that of the work alone.
+
     python -m benchmarks.layer
 """
 
@@ -24,6 +28,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -46,6 +51,11 @@ CASES = [(shape, "float32") for shape in [*SHAPES, TINY]]
 CASES += [(shape, half) for shape in [*SHAPES[1:3], TINY] for half in HALVES]
 QUICK_CASES = [(shape, "float32") for shape in QUICK_SHAPES]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# What the C library does with freed memory, by the variables that make it do so (glibc only).
+MEMORY = {
+    "returned": {},
+    "kept": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)},
+}
 WARM_UP = 3  # rounds that are not counted
 OUT = Path(__file__).parent / "out" / "layer.json"
 
@@ -112,14 +122,16 @@ def run_rank(
     dist.destroy_process_group()
 
 
-def measure(ranks: int, cases: list[tuple[Shape, str]], repeat: int) -> list[dict[str, Any]]:
+def measure(
+    ranks: int, cases: list[tuple[Shape, str]], repeat: int, memory: str
+) -> list[dict[str, Any]]:
     """Start the ranks; one record per case, as it stands in the JSON file."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, MEMORY[memory]):
         folder = Path(name)
         spawn(run_rank, (ranks, cases, repeat, folder), nprocs=ranks)
         by_rank = [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
     return [
-        {"shape": shape, "dtype": dtype}
+        {"shape": shape, "dtype": dtype, "memory": memory}
         | {key: summary([one[key] for one in of_ranks]) for key in of_ranks[0]}
         for (shape, dtype), of_ranks in zip(cases, zip(*by_rank, strict=True), strict=True)
     ]
@@ -181,13 +193,14 @@ def print_table(cases: list[dict[str, Any]]) -> None:
     """One line per case."""
     print("forward + backward, median ms: SyncBatchNorm / BatchNorm2d, their ratio (quartiles)")
     print(
-        f"{'shape':<20}{'dtype':<10}{'contiguous':<36}{'channels_last':<36}all_gather  all_reduce"
+        f"{'shape':<20}{'dtype':<10}{'memory':<10}{'contiguous':<36}{'channels_last':<36}"
+        "all_gather  all_reduce"
     )
     for case in cases:
         layers = "".join(f"{show(case[layout]):<36}" for layout in LAYOUTS)
         alone = case["collectives"]
         print(
-            f"{case['shape']!s:<20}{case['dtype']:<10}{layers}"
+            f"{case['shape']!s:<20}{case['dtype']:<10}{case['memory']:<10}{layers}"
             f"{alone['all_gather_ms']:10.3f}  {alone['all_reduce_ms']:10.3f}"
         )
 
@@ -222,7 +235,13 @@ def main() -> None:
         "environment": environment(),
         "ranks": args.ranks,
         "repeat": args.repeat,
-        "cases": measure(args.ranks, QUICK_CASES if args.quick else CASES, args.repeat),
+        "cases": [
+            case
+            for memory in MEMORY
+            for case in measure(
+                args.ranks, QUICK_CASES if args.quick else CASES, args.repeat, memory
+            )
+        ],
     }
     if args.ranks > cores():
         print(f"warning: {args.ranks} ranks on {cores()} cores: the times include waiting for one")
