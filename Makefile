@@ -113,7 +113,8 @@ wheel: $(READY) ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 .PHONY: bench
-bench: $(READY) ## time the layer against torch.nn.BatchNorm2d on 2 ranks
+bench: $(READY) ## count and time the layer against torch.nn.BatchNorm2d on CPU
+	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.layer
 
 .PHONY: bench-check
