@@ -117,7 +117,7 @@ allocates in the backward of halves, which is {most} at most. Before is commit {
 commit {now}. {shape} is the tiny step, whose time is that of its operations; its small tensors are
 copied to float64.
 
-| layer | shape | dtype | layout | forward: called | in turn | memory | backward: called | in turn | memory |
+| layer | shape | dtype | layout | forward | in turn | memory | backward | in turn | memory |
 |---|---|---|---|--:|--:|--:|--:|--:|--:|
 """
 

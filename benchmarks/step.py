@@ -75,7 +75,7 @@ def _peak(action: Callable[[], Any]) -> int:
         results = action()
     del results
     held = peak = 0
-    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)

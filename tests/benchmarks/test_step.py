@@ -18,7 +18,7 @@ def kept(*key: object) -> dict[str, list[int]]:
         for record in records
         if (record["layer"], tuple(record["shape"]), record["dtype"], record["layout"]) == key
     )
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @pytest.mark.parametrize(("shape", "dtype"), step.CASES)

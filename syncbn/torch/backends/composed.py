@@ -141,7 +141,7 @@ def input_grad(
         # In the cache, and in float32 also for halves, which are rounded once.
         terms = part if part.dtype == dtype else torch.empty_like(part, dtype=dtype)
         torch.addcmul(dy_part.to(dtype), x_part.to(dtype), slope, value=-1, out=terms)
-        torch.mul(terms.add_(shift), scale, out=part)
+        part.copy_(terms.add_(shift).mul_(scale))
     return dx
 
 
