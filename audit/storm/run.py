@@ -21,12 +21,14 @@ from rich.console import Console
 from audit.storm import SLEEP
 from syncbn import reports
 from syncbn.conformance.cases import catalogue
+from syncbn.conformance.place import JOURNAL
 
 ROOT = Path(__file__).resolve().parents[2]
 _MARK = "STORM_RUN"
 _TARGET = "torch:audit/storm/layer.py:Stormy"
 _CACHES = (f"torchinductor_{getpass.getuser()}",)  # what PyTorch keeps for all its users
 _LIMIT_SECONDS = 1200.0  # for one run
+_EARLY = 0.3  # the share of runs that have faults from their start, not from their first result
 _GONE_SECONDS = 20.0  # in which all processes of a run must be gone
 
 
@@ -96,7 +98,7 @@ class _Run:
                     stderr=subprocess.STDOUT,
                 )
                 try:
-                    status = self._send_faults(controller)
+                    status = self._send_faults(controller, out)
                 finally:
                     controller.kill()
                 output.seek(0)
@@ -109,12 +111,16 @@ class _Run:
                 broken += self._judge(status, out, text)
             return broken
 
-    def _send_faults(self, controller: subprocess.Popen[bytes]) -> int | None:
+    def _send_faults(self, controller: subprocess.Popen[bytes], out: Path) -> int | None:
         """Send faults until the run has ended. Returns its status, or None if it was too slow."""
         end = time.monotonic() + _LIMIT_SECONDS
+        started = self._random.random() < _EARLY
         while time.monotonic() < end:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return controller.wait(self._random.uniform(1.0, 8.0))
+            started = started or _has_a_result(out / JOURNAL)
+            if not started:
+                continue
             fault = self._random.choice(_OUTSIDE)
             with contextlib.suppress(OSError, IndexError):
                 fault(self._random, controller.pid)
@@ -169,6 +175,10 @@ class _Run:
                 if self._mark in words or SLEEP.encode() in command:
                     found[int(place.name)] = b" ".join(command).decode(errors="replace")
         return found
+
+
+def _has_a_result(journal: Path) -> bool:
+    return journal.exists() and journal.read_bytes().count(b"\n") > 1
 
 
 def _children(pid: int) -> list[int]:
