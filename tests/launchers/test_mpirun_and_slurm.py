@@ -143,3 +143,7 @@ def test_the_batch_script_of_the_examples(cluster: dict[str, str], tmp_path: Pat
     found = reports.load(report)
     assert (found["ranks"], found["launcher"]) == (4, "slurm")
     assert found["summary"]["verdict"] == "pass"
+    left = ["squeue", "--noheader", "--jobs", job]
+    while subprocess.run(left, env=os.environ | cluster, capture_output=True).stdout.strip():
+        assert time.monotonic() < end, "the job does not end"
+        time.sleep(0.2)
