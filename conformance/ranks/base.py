@@ -322,7 +322,8 @@ class Rank(ABC):
         that of the clause.
         """
         try:
-            self.build(self.layer_args | {name: _SOUND[name] for name in case.layer})
+            sound = {name: _SOUND.get(name, value) for name, value in case.layer.items()}
+            self.build(self.layer_args | sound)
         except Exception as error:
             return self.describe(error)
         return None
