@@ -2,7 +2,7 @@
 
 All ranks of a group run the same program. If one raised before its first collective, the others
 would wait for ever, and answer the next case with this one's results. So each rank traces and
-compiles first, they tell each other whether that worked, and then all run or none.
+compiles first, the ranks exchange whether that worked, and then all run or none.
 
 Equal shards take the usual way, `axis_name` in shard_map. There Flax averages the statistics of the
 devices, so uneven shards would weigh wrong. Those are padded to equal ones, and become one array of

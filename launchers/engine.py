@@ -216,7 +216,7 @@ class Keepers:
             raise EngineError(ended)
 
     def _introduced(self, site: Site) -> dict[int, dict[str, Any]]:
-        """What every keeper says of its place. The first message of each has it."""
+        """The place of every keeper, which is in its first message."""
         said = self._answers(self._links, _ANSWER_SECONDS)
         if self._lost:
             raise EngineError(self.failure())
@@ -235,29 +235,29 @@ class Keepers:
             rank: request | {"places": [place["environment"]]}
             for rank, place in self.places.items()
         }
-        failed = self.ask(requests, _START_SECONDS)
+        failed = self.request(requests, _START_SECONDS)
         if failure := self.failure():
             raise EngineError(failure)
         for rank, reason in failed.items():
             if reason:
                 raise EngineError(f"cannot start rank {rank}: {reason}")
 
-    def ask_all(self, request: dict[str, Any]) -> dict[int, Any]:
+    def request_all(self, request: dict[str, Any]) -> dict[int, Any]:
         """The answer of every keeper that is not lost."""
-        return self.ask(dict.fromkeys(self._links, request), _ANSWER_SECONDS)
+        return self.request(dict.fromkeys(self._links, request), _ANSWER_SECONDS)
 
-    def ask(self, requests: Mapping[int, dict[str, Any]], seconds: float) -> dict[int, Any]:
+    def request(self, requests: Mapping[int, dict[str, Any]], seconds: float) -> dict[int, Any]:
         """The answers by rank. A keeper that does not answer in time is lost."""
-        asked = []
+        sent = []
         for rank, request in requests.items():
             if rank in self._lost:
                 continue
             try:
                 self._links[rank].send(json.dumps(request).encode(), seconds)
-                asked.append(rank)
+                sent.append(rank)
             except OSError as error:
                 self._lose(rank, error)
-        return self._answers(asked, seconds)
+        return self._answers(sent, seconds)
 
     def _answers(self, ranks: Iterable[int], seconds: float) -> dict[int, Any]:
         answers, end = {}, time.monotonic() + seconds
@@ -304,7 +304,7 @@ class EngineJob:
 
     def processes(self) -> dict[int, int]:
         """Of this machine only: the number of a process means nothing on another one."""
-        looks = self._keepers.ask_all({"do": "look"})
+        looks = self._keepers.request_all({"do": "look"})
         own = machine()
         places = self._keepers.places
         return {
@@ -314,23 +314,23 @@ class EngineJob:
         }
 
     def dump_stacks(self) -> None:
-        self._keepers.ask_all({"do": "signal", "signal": int(signal.SIGUSR1)})
+        self._keepers.request_all({"do": "signal", "signal": int(signal.SIGUSR1)})
 
     def ended(self) -> dict[int, str]:
-        looks = self._keepers.ask_all({"do": "look"})
+        looks = self._keepers.request_all({"do": "look"})
         ended = {rank: look["ended"]["0"] for rank, look in looks.items() if look["ended"]}
         return self._keepers.lost() | {rank: describe(code) for rank, code in ended.items()}
 
     def failure(self) -> str:
-        self._keepers.ask_all({"do": "look"})
+        self._keepers.request_all({"do": "look"})
         return self._keepers.failure()
 
     def output(self, rank: int) -> str:
-        answers = self._keepers.ask({rank: {"do": "output", "rank": 0}}, _ANSWER_SECONDS)
+        answers = self._keepers.request({rank: {"do": "output", "rank": 0}}, _ANSWER_SECONDS)
         return str(answers.get(rank, ""))
 
     def stop(self) -> None:
-        self._keepers.ask_all({"do": "stop"})
+        self._keepers.request_all({"do": "stop"})
         self._after_stop()
 
 

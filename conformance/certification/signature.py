@@ -24,7 +24,7 @@ def sign(certificate: Path, key: Path) -> None:
         key: a private key, or a public one whose private key an agent has.
 
     Raises:
-        SignatureError: with what ssh-keygen says.
+        SignatureError: with the message of ssh-keygen.
     """
     if not key.is_file():
         raise SignatureError(f"key must be a file, got {key}")

@@ -126,7 +126,7 @@ class _Verifier:
         return Verification(self._refused, title, notes, result)
 
     def _signed(self, allowed_signers: Path | None) -> list[str]:
-        """Check the signature. Returns what there is to say of it."""
+        """Check the signature. Returns the notes on it for the reader."""
         name = contents.CERTIFICATE + signature.SUFFIX
         if name not in self._folder.names:
             if allowed_signers is not None:

@@ -238,7 +238,7 @@ class TorchRank(Rank):
 
 
 def _default_group() -> int | None:
-    """What tells a default process group from a later one."""
+    """What distinguishes a default process group from a later one."""
     return id(dist.group.WORLD) if dist.is_initialized() else None
 
 
