@@ -177,7 +177,13 @@ def test_a_closed_pipe_changes_nothing(tmp_path: Path, closed: str) -> None:
 
 def test_a_lost_terminal_leaves_a_report(tmp_path: Path) -> None:
     arguments = [*COMMAND, "run", "--ranks", "1", "--oracle", "none", "--out", str(tmp_path)]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # Where tests are started by nohup, SIGHUP is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     try:
         end = time.monotonic() + 200
         journal = tmp_path / "run.jsonl"

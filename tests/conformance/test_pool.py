@@ -213,15 +213,16 @@ def test_no_orphans_when_the_controller_ends(how: signal.Signals, tmp_path: Path
         # Where tests are started by nohup or with &, Ctrl-C is ignored, and that is inherited.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    (keeper,) = wait_for_children(controller.pid, 1)
-    ranks = [keeper, *wait_for_children(keeper, 2)]
+    (guard,) = wait_for_children(controller.pid, 1)
+    (keeper,) = wait_for_children(guard, 1)
+    family = [guard, keeper, *wait_for_children(keeper, 2)]
     time.sleep(4.0)  # the case has begun, or is about to: no process may stay
     controller.send_signal(how)
     _, errors = controller.communicate(timeout=30)
     end = time.monotonic() + 15
-    while any(alive(pid) for pid in ranks) and time.monotonic() < end:
+    while any(alive(pid) for pid in family) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not any(alive(pid) for pid in ranks)
+    assert not any(alive(pid) for pid in family)
     if how == signal.SIGINT:
         assert controller.returncode == 130
         assert errors == "syncbn-conformance: interrupted\n"

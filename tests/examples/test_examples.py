@@ -91,7 +91,8 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert (result["ranks"], result["repeat"]) == (2, 2)
     assert result["environment"]["torch"] == torch.__version__
-    assert [tuple(case["shape"]) for case in result["cases"]] == layer.QUICK_SHAPES
+    cases = [(tuple(case["shape"]), case["memory"]) for case in result["cases"]]
+    assert cases == [(shape, memory) for memory in layer.MEMORY for shape in layer.QUICK_SHAPES]
     for case in result["cases"]:
         assert str(tuple(case["shape"])) in run.stdout
         for layout in layer.LAYOUTS:

@@ -584,7 +584,9 @@ class TestRung:
 
     @pytest.mark.parametrize(("device", "there"), [("npu", False), ("cuda", True), ("cpu", True)])
     def test_float64(self, monkeypatch: pytest.MonkeyPatch, device: str, there: bool) -> None:
-        monkeypatch.setenv("SYNCBN_BACKEND", "")  # which a rank sets
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # by the launcher
+        for name in ("SYNCBN_BACKEND", "GLOO_SOCKET_IFNAME"):  # which a rank sets
+            monkeypatch.setenv(name, "")
         monkeypatch.setattr(torch_ranks, "_device", lambda *_: SimpleNamespace(type=device))
         target = targets.parse("syncbn.torch", device, "composed")
         rank = torch_ranks.TorchRank(target.document, 0, 1, 0)

@@ -27,6 +27,13 @@ HERE = "127.0.0.1"
 TWO_NODES = Site(nodes=2, hosts=(HERE, HERE))  # that are the same machine
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchrun that has lost a node waits for it in vain, 40 s if it may."""
+    monkeypatch.setattr(engine, "_END_SECONDS", 2.0)
+    monkeypatch.setattr(engine, "_KILL_SECONDS", 5.0)
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     """Two nodes of torchrun with a rank each."""

@@ -26,7 +26,11 @@ import sys
 from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool
+from syncbn.launchers import engine
 from syncbn.launchers.site import Site
+
+# A torchrun that has lost a node waits for it in vain, 40 s if it may.
+engine._END_SECONDS, engine._KILL_SECONDS = 2.0, 5.0
 
 def case(channels):
     step = Step(tuple((2 + rank, channels, 3) for rank in range(4)))

@@ -255,6 +255,7 @@ def test_what_a_rank_starts_ends_with_what_keeps_it(which: str) -> None:
         (guard,) = (pid for pid in both if parent(pid) == os.getpid())
         (keeper,) = both - {guard}
         os.kill(guard if which == "guard" else keeper, signal.SIGKILL)
+        wait_until(lambda: set(job.ended()) == {0, 1})
         assert job.ended()[0] == "the parent of the ranks ended: signal 9, SIGKILL"
         wait_until(lambda: processes("kept") == [] and daemons() == before, 20.0)
 
