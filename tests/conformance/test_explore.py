@@ -63,7 +63,9 @@ def test_what_is_drawn_has_a_reference(ranks: int) -> None:
 
 
 def test_what_is_drawn_has_a_bit_of_everything() -> None:
-    content = Counter(pair for case in drawn(4, 30) for pair in explore._content(case))
+    # What Hypothesis draws with a seed also depends on the modules that are loaded, so enough is
+    # drawn that the rarest, a second backward, is there in all likelihood: 10 times on average.
+    content = Counter(pair for case in drawn(4, 60) for pair in explore._content(case))
     steps = {"backward", "frozen_input", "frozen_parameters", "present", "recompute", "repeat"}
     steps |= {
         "attributes",
