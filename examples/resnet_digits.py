@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -167,7 +167,10 @@ def run_rank(rank: int, run: Run, plan: Plan, folder: Path) -> None:
 def on_ranks(run: Run, plan: Plan) -> dict[str, Any]:
     """The losses and the state after training."""
     with tempfile.TemporaryDirectory() as name:
-        spawn(run_rank, (run, plan, Path(name)), nprocs=run.ranks)
+        # Processes of a fork server end at once. A spawned interpreter may abort at its end, if a
+        # thread of PyTorch still waits for it.
+        arguments = (run, plan, Path(name))
+        start_processes(run_rank, arguments, nprocs=run.ranks, start_method="forkserver")
         result: dict[str, Any] = torch.load(Path(name) / "result")
     return result
 
