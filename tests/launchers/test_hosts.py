@@ -52,10 +52,15 @@ def why_not() -> str:
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if sys.platform != "linux" or missing:
         return f"needs Linux and {', '.join(missing)}: apt-get install iproute2 util-linux hostname"
-    made = subprocess.run(["ip", "netns", "add", f"{NAMES}-try"], capture_output=True, text=True)
+    name = f"{NAMES}-try"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
         return f"needs root, to make network namespaces: {made.stderr.strip()}"
-    ip("netns", "del", f"{NAMES}-try")
+    link = ["ip", "-n", name, "link", "add", "link0", "type", "veth", "peer", "name", "link1"]
+    made = subprocess.run(link, capture_output=True, text=True)
+    ip("netns", "del", name)
+    if made.returncode:
+        return f"needs pairs of virtual Ethernet devices: {made.stderr.strip()}"
     return ""
 
 
