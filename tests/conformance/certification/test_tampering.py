@@ -241,7 +241,7 @@ TAMPERINGS: dict[str, tuple[str, Change, str]] = {
     ),
     "failing clauses are not required": ("failed", edited(REPORT, not_required), ".required is"),
     "the device, in every file": ("failed", as_npu, "npu-smi reports no accelerator"),
-    "a large ratio with a pass": ("passed", edited(REPORT, large_ratio), ".ratio is 1000000000.0, not"),
+    "a ratio of a failure": ("passed", edited(REPORT, large_ratio), ".ratio is 1000000000.0, not"),
     "no clauses": ("failed", edited(REPORT, no_clauses), ".clauses is []"),
     "a case twice in the report": ("passed", edited(REPORT, twice), "is there again"),
     "a case left out of the report": (
