@@ -206,8 +206,9 @@ def _of_step(ranks: int) -> st.SearchStrategy[Choices]:
             "scale": _ANY,
             "extras": _extras(
                 *("constant", "flat", "shared", "poison", "dy_zero_sum", "paired"),
-                *("frozen", "present", "repeat", "recompute", "beside", "second"),
+                *("frozen", "present", "repeat", "recompute", "beside"),
                 *("attributes", "recording", "autocast"),
+                *("second",) * 5,  # more often, because few steps can be differentiated again
             ),
             "context": _ANY,
             "poison": st.tuples(_ANY, st.sampled_from(("nan", "inf"))),
