@@ -101,7 +101,7 @@ def run_ranks(ranks: int, folder: Path) -> None:
     """Start the ranks and wait for them.
 
     Raises:
-        SystemExit: one has failed; with what all of them have printed.
+        SystemExit: one has failed; with what all of them and msrun have printed.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -122,13 +122,16 @@ def run_ranks(ranks: int, folder: Path) -> None:
             *("python3", "-m", "examples.digits_mindspore", "--as-rank-in", folder),
         ],
         env={**os.environ, "PATH": path},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         check=False,
     )
     if run.returncode:
-        logs = [log.read_text(errors="replace") for log in sorted(folder.glob("*.log"))]
-        sys.exit("\n".join(logs))
+        logs = {log.name: log.read_text(errors="replace") for log in sorted(folder.glob("*.log"))}
+        # A rank that died of a signal has no last words, but msrun names its exit status.
+        logs["msrun"] = f"{run.stdout}\nexit status {run.returncode}"
+        sys.exit("\n".join(f"--- {name}\n{text}" for name, text in logs.items()))
 
 
 def to_torch(parameters: Mapping[str, Parameter]) -> digits.State:
