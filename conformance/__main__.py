@@ -209,7 +209,7 @@ def _discard_output() -> None:
 
 
 def _target(options: argparse.Namespace) -> targets.Target:
-    return targets.parse(
+    target = targets.parse(
         options.target,
         options.device,
         options.backend,
@@ -220,11 +220,12 @@ def _target(options: argparse.Namespace) -> targets.Target:
         setup=options.setup,
         framework_file=options.framework,
     )
+    if options.memory and target.device != "cpu":
+        raise UsageError(f"--memory must be left out on {target.device}: it limits ranks on cpu")
+    return target
 
 
 def _pool(target: targets.Target, options: argparse.Namespace) -> RankPool:
-    if options.memory and target.device != "cpu":
-        raise UsageError(f"--memory must be left out on {target.device}: it limits ranks on cpu")
     try:
         return RankPool(
             target, options.ranks, options.launcher, memory=options.memory, site=options.site
@@ -240,7 +241,7 @@ def _output() -> Console:
 
 
 def _certify(options: argparse.Namespace) -> int:
-    sites.refuse_copies(os.environ)
+    site = sites.site_of(options)
     product = load_product(options.product)
     maker = Maker(
         _target(options),
@@ -248,6 +249,8 @@ def _certify(options: argparse.Namespace) -> int:
         options.out,
         level=options.level,
         launcher=options.launcher,
+        site=site,
+        memory=options.memory,
         command=["syncbn-conformance", *options.command_line],
         devices=options.devices,
     )
@@ -457,7 +460,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     certify = add("certify", _certify, "make all runs of a certificate, and a package of them")
     _add_target(certify)
-    sites.add_launcher(certify)
+    sites.add_site(certify)
     _add_level(certify)
     certify.add_argument(
         "--product",

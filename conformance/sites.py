@@ -29,19 +29,28 @@ class SiteOptionsError(ConformanceError):
     """The options do not describe machines on which ranks can start. The message is one line."""
 
 
-def add_launcher(parser: argparse.ArgumentParser) -> None:
-    """Add --launcher."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of add_site, and those for the number of ranks."""
+    parser.add_argument(
+        "--ranks",
+        type=number_of_ranks,
+        metavar="N",
+        help=f"the number of ranks on all nodes (default {_RANKS}, or nodes times ranks per node)",
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=number_of_ranks, metavar="M", help="the number of ranks on each"
+    )
+    add_site(parser)
+
+
+def add_site(parser: argparse.ArgumentParser) -> None:
+    """Add --launcher, --memory and the options that describe several machines."""
     parser.add_argument(
         "--launcher",
         default="local",
         choices=tuple(LAUNCHERS),
         help="what starts the ranks (default local)",
     )
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add --launcher, --ranks, --memory and those that describe several machines."""
-    add_launcher(parser)
     parser.add_argument(
         "--memory",
         type=_memory,
@@ -50,16 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "and at least 2)",
     )
     parser.add_argument(
-        "--ranks",
-        type=number_of_ranks,
-        metavar="N",
-        help=f"the number of ranks on all nodes (default {_RANKS}, or nodes times ranks per node)",
-    )
-    parser.add_argument(
         "--nodes", type=number_of_ranks, default=1, metavar="N", help="the number of machines"
-    )
-    parser.add_argument(
-        "--ranks-per-node", type=number_of_ranks, metavar="M", help="the number of ranks on each"
     )
     parser.add_argument(
         "--hosts",
@@ -91,10 +91,8 @@ def complete(options: argparse.Namespace) -> None:
     """Set options.site and options.ranks from the other options.
 
     Raises:
-        SiteOptionsError: they do not fit together, or a launcher has started this process several
-            times.
+        SiteOptionsError: see site_of; or ranks and nodes do not fit together.
     """
-    refuse_copies(os.environ)
     if options.ranks_per_node is not None:
         product = options.nodes * options.ranks_per_node
         if options.ranks not in (None, product) or product > MOST_RANKS:
@@ -104,16 +102,31 @@ def complete(options: argparse.Namespace) -> None:
             )
         options.ranks = product
     options.ranks = options.ranks or _RANKS
-    host, port = options.listen
+    options.site = site_of(options)
     try:
-        options.site = Site(options.nodes, options.hosts, options.agent, host, port)
         options.site.ranks_per_node(options.ranks)
-        LAUNCHERS[options.launcher](options.site)
     except SiteError as error:
         raise SiteOptionsError(str(error)) from error
 
 
-def refuse_copies(environment: Mapping[str, str]) -> None:
+def site_of(options: argparse.Namespace) -> Site:
+    """The site that the options of add_site describe.
+
+    Raises:
+        SiteOptionsError: they do not fit together, or a launcher has started this process several
+            times.
+    """
+    _refuse_copies(os.environ)
+    host, port = options.listen
+    try:
+        site = Site(options.nodes, options.hosts, options.agent, host, port)
+        LAUNCHERS[options.launcher](site)
+    except SiteError as error:
+        raise SiteOptionsError(str(error)) from error
+    return site
+
+
+def _refuse_copies(environment: Mapping[str, str]) -> None:
     """One controller starts all ranks, so a launcher must not start several controllers.
 
     Raises:

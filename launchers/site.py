@@ -7,7 +7,7 @@ import ipaddress
 import os
 import platform
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import syncbn
@@ -67,6 +67,11 @@ class Site:
         """
         if self.nodes > 1 and not self.hosts:
             raise SiteError(f"hosts must name the {self.nodes} nodes for launcher {launcher}")
+
+    def part(self, ranks: int) -> Site:
+        """The site of this many ranks: the first machines, as many as get the same number each."""
+        nodes = max(n for n in range(1, self.nodes + 1) if ranks % n == 0)
+        return replace(self, nodes=nodes, hosts=self.hosts[:nodes])
 
     def ranks_per_node(self, ranks: int) -> int:
         """How many of the ranks each node gets.

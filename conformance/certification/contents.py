@@ -29,7 +29,7 @@ _LIMITS = """\
 - The layer runs in the process of the rank that answers the suite. The suite notices accidents. It
   does not notice a layer, or a vendor, that is made to deceive it: raw results can be invented.
 - The digests bind the files to each other. Only a signature binds them to somebody.
-- It shows what one machine did on one day. Product, environment and times are as the maker's
+- It shows what its machines did on one day. Product, environment and times are as the maker's
   machine gave them; the verifier can only compare the places at which they stand.
 - The digests of the layer are those of the files that the ranks had loaded. Compare them with the
   files of the product.

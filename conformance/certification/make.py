@@ -18,8 +18,9 @@ from syncbn.conformance.certification.folder import Folder
 from syncbn.conformance.certification.plan import CERTIFIED, Plan
 from syncbn.conformance.certification.raw import RawWriter
 from syncbn.conformance.place import about_run
-from syncbn.conformance.pool import RankPool
+from syncbn.conformance.pool import HERE, RankPool
 from syncbn.conformance.targets import Target
+from syncbn.launchers.site import Site
 from syncbn.reports.junit import junit
 
 NO_ORACLE = "--oracle none"
@@ -38,7 +39,8 @@ class Maker:
         product: what syncbn.conformance.certification.product.load returns.
         folder: made if it does not exist; must be empty.
         level: "decided" or "documented".
-        launcher: what starts the ranks.
+        launcher, site, memory: see RankPool. A run with fewer ranks than machines takes the first
+            machines of the site.
         command: the command line.
         devices: how many accelerators there are; see Plan.runs.
         plan: the runs. Only CERTIFIED is one of a certificate.
@@ -56,6 +58,8 @@ class Maker:
         level: str,
         launcher: str,
         command: Sequence[str],
+        site: Site = HERE,
+        memory: int | None = None,
         devices: int | None = None,
         plan: Plan = CERTIFIED,
     ) -> None:
@@ -63,6 +67,8 @@ class Maker:
         self._product = product
         self._folder = folder
         self._launcher = launcher
+        self._site = site
+        self._memory = memory
         self._plan = plan
         self.runs = plan.runs(target.device, devices)
         self._environment: dict[str, Any] = {
@@ -112,7 +118,9 @@ class Maker:
         options: dict[str, Any] = {"profile": self._plan.profile, "run": about}
         options |= {"level": self._environment["level"], "oracle": NO_ORACLE}
         with (
-            RankPool(self._target, ranks, self._launcher) as pool,
+            RankPool(
+                self._target, ranks, self._launcher, self._memory, self._site.part(ranks)
+            ) as pool,
             RawWriter(place / contents.RAW) as raw,
         ):
 

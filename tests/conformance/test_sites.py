@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from syncbn.conformance.__main__ import main
+from syncbn.launchers.site import Site
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,3 +111,12 @@ def test_the_scripts_of_the_examples(script: str, given: list[str], tmp_path: Pa
     assert "-m syncbn.launchers.keeper a.test:7001" in done.stdout
     assert "b.test" in done.stdout
     assert "nproc-per-node=4" in done.stdout or "--host a.test:4,b.test:4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts"), [(1, "a"), (2, "a b"), (4, "a b"), (6, "a b c"), (9, "a b c")]
+)
+def test_the_machines_of_fewer_ranks(ranks: int, hosts: str) -> None:
+    part = Site(3, ("a", "b", "c"), listen="d").part(ranks)
+    assert part.hosts == tuple(hosts.split())
+    assert part.nodes * part.ranks_per_node(ranks) == ranks

@@ -121,10 +121,10 @@ def test_slurm_needs_an_allocation(
 def test_the_batch_script_of_the_examples(cluster: dict[str, str], tmp_path: Path) -> None:
     """Two nodes of two ranks each leave a report."""
     script = ROOT / "examples/cluster/slurm.sbatch"
-    options = ["--profile", "smoke", "--clause", "FWD-1", "--oracle", "none"]
+    options = ["run", "--profile", "smoke", "--clause", "FWD-1", "--oracle", "none"]
     own = {"PYTHONPATH": str(ROOT), "SYNCBN_PYTHON": sys.executable}
     done = subprocess.run(
-        ["sbatch", "--parsable", "--time=5", script, *options],
+        ["sbatch", "--parsable", "--time=5", "--ntasks-per-node=2", script, *options],
         cwd=tmp_path,
         env=os.environ | cluster | own,
         capture_output=True,

@@ -106,20 +106,24 @@ def test_what_changes_during_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a plan of few cases in the place of the real one."""
+    """With a plan of few cases in the place of the real one, on two nodes that are this machine."""
     for name in ("Maker", "verify"):
         few = functools.partial(getattr(command_line, name), plan=PLAN)
         monkeypatch.setattr(command_line, name, few)
     (tmp_path / "product.json").write_text(json.dumps(PRODUCT))
     where = ["--product", str(tmp_path / "product.json"), "--out", str(tmp_path / "package")]
     layer = "torch:tests/conformance/planted.py:LocalCount"
-    target = ["--target", layer]
+    target = ["--target", layer, "--launcher", "torchrun"]
+    target += ["--nodes", "2", "--hosts", "127.0.0.1,127.0.0.1"]
     assert main(["certify", *target, *where]) == 1
     *_, title, last = capsys.readouterr().out.splitlines()
     assert title.startswith(
         "FAILED at level decided: torch:tests/conformance/planted.py:LocalCount"
     )
     assert last == f"package: {tmp_path / 'package'}"
+    log = (tmp_path / "package" / contents.LOG).read_text().splitlines()
+    runs = [line for line in map(json.loads, log) if line["event"] == "run"]
+    assert [(run["ranks"], run["launcher"]) for run in runs] == [(1, "torchrun"), (2, "torchrun")]
     assert main(["verify", str(tmp_path / "package")]) == 3
     assert capsys.readouterr().out.splitlines()[-1] == f"verified: {title}"
     assert main(["certify", *target, *where]) == 2  # the folder is not empty
