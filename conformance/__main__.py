@@ -125,9 +125,14 @@ def _run(options: argparse.Namespace) -> int:
         print(f"report: {path}")
         print(why_not_certified(document), flush=True)
     if document["summary"]["verdict"] == "incomplete":
-        again = "the same command with --resume goes on"
-        print(f"syncbn-conformance: interrupted; {again}", file=sys.stderr)
+        return _interrupted()
     return _STATUS_OF[document["summary"]["verdict"]]
+
+
+def _interrupted() -> int:
+    again = "the same command with --resume goes on"
+    print(f"syncbn-conformance: interrupted; {again}", file=sys.stderr)
+    return _STATUS_OF["incomplete"]
 
 
 def _run_in(place: Place, options: argparse.Namespace) -> reports.Report:
@@ -253,16 +258,20 @@ def _certify(options: argparse.Namespace) -> int:
         memory=options.memory,
         command=["syncbn-conformance", *options.command_line],
         devices=options.devices,
+        resume=options.resume,
     )
-    with maker:
-        for ranks in maker.runs:
-            document = maker.run(ranks)
-            with _whatever_the_reader_does():
-                reports.summarize(document, _output())
-            if document["summary"]["verdict"] == "error":
-                print(f"no certificate: the run on {ranks} ranks has no verdict", flush=True)
-                return _STATUS_OF["error"]
-        result = maker.finish(options.sign)
+    try:
+        with maker:
+            for ranks in maker.left:
+                document = maker.run(ranks)
+                with _whatever_the_reader_does():
+                    reports.summarize(document, _output())
+                if document["summary"]["verdict"] == "error":
+                    print(f"no certificate: the run on {ranks} ranks has no verdict", flush=True)
+                    return _STATUS_OF["error"]
+            result = maker.finish(options.sign)
+    except KeyboardInterrupt:
+        return _interrupted()
     with _whatever_the_reader_does():
         print(maker.title)
         print(f"package: {options.out}", flush=True)
@@ -471,6 +480,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     certify.add_argument(
         "--out", type=Path, required=True, help="the directory of the package, new or empty"
+    )
+    certify.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the certification that was interrupted in that directory: the runs that "
+        "are whole stay",
     )
     certify.add_argument(
         "--devices",

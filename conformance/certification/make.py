@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -11,10 +13,11 @@ from types import TracebackType
 from typing import IO, Any
 
 from syncbn import reports
-from syncbn.conformance import ConformanceError, progress, report, runner
+from syncbn.conformance import progress, report, runner
 from syncbn.conformance.certification import contents, signature
 from syncbn.conformance.certification.environment import TOOLS, differences, environment
 from syncbn.conformance.certification.folder import Folder
+from syncbn.conformance.certification.kept import CertificationError, whole_runs
 from syncbn.conformance.certification.plan import CERTIFIED, Plan
 from syncbn.conformance.certification.raw import RawWriter
 from syncbn.conformance.place import about_run
@@ -27,23 +30,22 @@ NO_ORACLE = "--oracle none"
 _SCHEMA = "syncbn-environment/1"
 
 
-class CertificationError(ConformanceError):
-    """A package that cannot be made. The message is one line."""
-
-
 class Maker:
     """Makes one package. Use it as a context manager.
 
     Args:
         target: the layer.
         product: what syncbn.conformance.certification.product.load returns.
-        folder: made if it does not exist; must be empty.
+        folder: made if it does not exist; must be empty unless `resume`.
         level: "decided" or "documented".
         launcher, site, memory: see RankPool. A run with fewer ranks than machines takes the first
             machines of the site.
         command: the command line.
         devices: how many accelerators there are; see Plan.runs.
         plan: the runs. Only CERTIFIED is one of a certificate.
+        resume: go on with the certification that was interrupted in the folder.
+
+    `runs` has the numbers of ranks of all runs, and `left` those of the runs that are not made yet.
 
     Raises:
         CertificationError: no tool of the driver reports the accelerators of the target's device.
@@ -62,6 +64,7 @@ class Maker:
         memory: int | None = None,
         devices: int | None = None,
         plan: Plan = CERTIFIED,
+        resume: bool = False,
     ) -> None:
         self._target = target
         self._product = product
@@ -70,6 +73,7 @@ class Maker:
         self._site = site
         self._memory = memory
         self._plan = plan
+        self._resume = resume
         self.runs = plan.runs(target.device, devices)
         self._environment: dict[str, Any] = {
             "schema": _SCHEMA,
@@ -88,17 +92,25 @@ class Maker:
         self._sources: dict[str, Any] = {"files": {}, "distributions": {}}
         self._log: IO[str]
 
+    @property
+    def left(self) -> list[int]:
+        return [ranks for ranks in self.runs if ranks not in self._reports]
+
     def __enter__(self) -> Maker:
+        begun = contents.begin_line(self._product, self._environment)
         try:
+            if self._resume:
+                self._take_up(json.loads(json.dumps(begun)))  # as it is read
+                return self
             self._folder.mkdir(parents=True, exist_ok=True)
             if any(self._folder.iterdir()):
                 raise CertificationError(f"the folder of a package must be empty: {self._folder}")
-            self._log = open(self._folder / contents.LOG, "x", encoding="utf-8")
+            self._log = self._opened("x")
         except OSError as error:
             raise CertificationError(
                 f"cannot write a package to {self._folder}: {error.strerror or error}"
             ) from error
-        self._write_line(contents.begin_line(self._product, self._environment))
+        self._write_line(begun)
         return self
 
     def __exit__(
@@ -177,6 +189,35 @@ class Maker:
         result = contents.result_of(self._reports, self._plan, self._environment["level"])
         return contents.title(self._environment, result)
 
+    def _opened(self, mode: str) -> IO[str]:
+        """The log, locked until it is closed."""
+        log = open(self._folder / contents.LOG, mode, encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            log.close()
+            raise CertificationError(f"another certification writes to {self._folder}") from error
+        return log
+
+    def _take_up(self, begun: dict[str, Any]) -> None:
+        """Keep the whole runs of the certification that was interrupted, and nothing else of it."""
+        if not (self._folder / contents.LOG).exists():
+            raise CertificationError(f"there is no certification to resume in {self._folder}")
+        self._log = self._opened("a")
+        try:
+            found = whole_runs(self._folder, begun, self.runs)
+            self._reports = found.reports
+            self._environment |= {"started": found.started, "command": found.command}
+            for sources in found.sources:
+                self._keep_sources(sources)
+            for ranks in self.left:
+                if (place := self._folder / contents.name_of(ranks, "")).exists():
+                    shutil.rmtree(place)
+            self._log.truncate(found.size)
+        except BaseException:
+            self._log.close()
+            raise
+
     def _keep_sources(self, sources: dict[str, Any]) -> None:
         for kind, kept in self._sources.items():
             for name, digest in sources[kind].items():
@@ -185,7 +226,7 @@ class Maker:
 
     def _write(self, name: str, document: dict[str, Any]) -> None:
         text = json.dumps(document, indent=1, allow_nan=False)
-        (self._folder / name).write_text(f"{text}\n", encoding="utf-8")
+        reports.write(self._folder / name, f"{text}\n", name)
 
     def _write_line(self, line: dict[str, Any]) -> None:
         self._log.write(json.dumps(line, allow_nan=False) + "\n")

@@ -18,7 +18,8 @@ from syncbn.conformance.__main__ import main
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.certification import contents, make, product, raw
 from syncbn.conformance.certification.environment import suite_files
-from syncbn.conformance.certification.make import CertificationError, Maker
+from syncbn.conformance.certification.kept import CertificationError
+from syncbn.conformance.certification.make import Maker
 from syncbn.conformance.expected import expect
 from syncbn.conformance.pool import Outcome
 from syncbn.conformance.wire import Message
