@@ -101,11 +101,13 @@ engines: ## install what the tests of the launchers mpirun and slurm need, if ro
 	else apt-get update -qq && apt-get install -qq -y --no-install-recommends $(ENGINES) \
 	  || echo "left out: $(ENGINES): apt-get could not install them"; fi
 
+# In the order of their names, files of a few slow tests, such as those of the launchers, do not come
+# last, where one process would run them while the other has nothing to do.
 .PHONY: test
 test: $(READY) ## the tests of everything, in WORKERS (2) processes (PYTEST_ARGS=... for pytest)
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
 	@test -f $(TWIN) || echo "$(TWINLESS)"
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: wheel
 wheel: $(READY) ## build the wheel into dist/

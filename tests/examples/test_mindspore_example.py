@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,25 @@ LAYER = "network(SyncBatchNorm)"
 
 
 def run_example(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Few steps on 2 ranks of the examples in this folder."""
+    """Few steps on 2 ranks of the examples in this folder.
+
+    Once in some hundred runs msrun lost a rank that had raised nothing. Such a run is repeated
+    once, and what msrun printed of it is a warning of the test.
+    """
     options = ("--ranks", "2", "--epochs", "1", "--steps", "3")
-    return subprocess.run(
-        [sys.executable, "-m", "examples.digits_mindspore", *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-m", "examples.digits_mindspore", *options],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if run.returncode == 0 or run.stdout or "Traceback" in run.stderr:
+            break
+        warnings.warn(f"msrun lost a rank:\n{run.stderr}", stacklevel=2)
+    return run
 
 
 def run_changed(folder: Path, replacement: str) -> subprocess.CompletedProcess[str]:
