@@ -1,7 +1,8 @@
 """The wheel, installed away from the checkout: what it holds, what it needs, and that it judges.
 
 It is built from a copy of the tree, and installed into environments whose other packages are links
-to those of this one: nothing is downloaded.
+to those of this one: nothing is downloaded. The steps of the templates for CI run in the repository
+of somebody else, with a pip that finds the wheel.
 """
 
 from __future__ import annotations
@@ -12,26 +13,63 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
-from collections.abc import Iterable
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 import syncbn
 from syncbn.conformance.cases import catalogue
 from syncbn.conformance.certification.environment import suite_files
+from tests.installed import Environment, Venv, build, python
 from tests.test_imports import MODULES, ROOT, UNSHIPPED
 
+TEMPLATES = ROOT / "examples" / "ci"
+RIGHT = "from syncbn.torch import SyncBatchNorm\n\n\nclass MySyncBatchNorm(SyncBatchNorm):\n    "
+WRONG = RIGHT + (
+    "def forward(self, x):\n        y = super().forward(x)\n"
+    "        return y * 1.001 if self.training else y\n"
+)
+RIGHT += "pass\n"
+PROJECT = """\
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "my_layer"
+version = "1.0"
+dependencies = ["syncbn[torch]"]
+
+[tool.setuptools]
+py-modules = ["my_module"]
+"""
 RUN = ("run", "--profile", "smoke", "--target", "syncbn.torch", "--ranks", "2", "--oracle", "none")
 
 
-def python(*arguments: str | Path, at: Path) -> None:
-    done = subprocess.run([sys.executable, *arguments], cwd=at, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def template(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((TEMPLATES / name).read_text())
+    return document
+
+
+def github() -> tuple[dict[str, str], list[str]]:
+    """The variables and the scripts of the GitHub workflow."""
+    document = template("github.yml")
+    assert set(document) == {"name", True, "env", "jobs"}  # YAML 1.1 reads `on` as true
+    steps = document["jobs"]["conformance"]["steps"]
+    assert all(("run" in step) != ("uses" in step) for step in steps)
+    return document["env"], [step["run"] for step in steps if "run" in step]
+
+
+def gitlab() -> tuple[dict[str, str], list[str]]:
+    job = template("gitlab.yml")["conformance"]
+    assert job["artifacts"]["reports"]["codequality"] == "gl-code-quality-report.json"
+    return job["variables"], [*job["before_script"], *job["script"]]
 
 
 @pytest.fixture(scope="module")
@@ -46,70 +84,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(tree: Path) -> Path:
     return build(tree, tree.parent / "from_tree")
-
-
-def build(source: Path, folder: Path) -> Path:
-    """Build a wheel with the setuptools that is installed."""
-    options = ("--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet")
-    python("-m", "pip", "wheel", *options, "--wheel-dir", folder, source, at=source)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-class Environment:
-    """A virtual environment with the wheel and some of the packages that are installed here."""
-
-    def __init__(self, folder: Path, wheel: Path, packages: Iterable[str]) -> None:
-        self.folder = folder
-        python("-m", "venv", "--without-pip", folder, at=ROOT)
-        (self.site,) = folder.glob("lib/python*/site-packages")
-        zipfile.ZipFile(wheel).extractall(self.site)
-        for name in needed_by(packages):
-            for place in {file.parts[0] for file in metadata.files(name) or ()} - {
-                "..",
-                "__pycache__",
-            }:
-                source = Path(str(metadata.distribution(name).locate_file(place)))
-                if source.exists():
-                    (self.site / place).symlink_to(source)
-
-        ours = metadata.Distribution.at(next(self.site.glob("syncbn-*.dist-info")))
-        (entry,) = ours.entry_points.select(group="console_scripts")
-        self.script = folder / "bin" / entry.name
-        self.script.write_text(
-            f"import sys\nfrom {entry.module} import {entry.attr}\nsys.exit({entry.attr}())\n"
-        )
-
-    def run(self, *arguments: str | Path, at: Path) -> subprocess.CompletedProcess[str]:
-        """Run the environment's Python, with a home and a place for temporary files of its own."""
-        private = {name: self.folder / name for name in ("HOME", "TMPDIR")}
-        for place in private.values():
-            place.mkdir(exist_ok=True)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        environment = kept | {key: str(place) for key, place in private.items()}
-        command = [str(self.folder / "bin" / "python"), *map(str, arguments)]
-        return subprocess.run(command, cwd=at, env=environment, capture_output=True, text=True)
-
-    def command(self, *arguments: str, at: Path) -> subprocess.CompletedProcess[str]:
-        """Run syncbn-conformance by the script that an installer writes."""
-        return self.run(self.script, *arguments, at=at)
-
-
-def needed_by(packages: Iterable[str]) -> set[str]:
-    """The installed distributions of some names, with all that they need."""
-    found: set[str] = set()
-    todo = list(packages)
-    while todo:
-        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
-        if name in found:
-            continue
-        try:
-            requirements = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:  # for another Python or system
-            continue
-        found.add(name)
-        todo += [re.split(r"[^\w.-]", text)[0] for text in requirements if "extra ==" not in text]
-    return found
 
 
 def files(folder: Path) -> list[str]:
@@ -281,3 +255,93 @@ def test_it_judges(complete: Environment, workplace: Path) -> None:
     assert files(workplace) == sorted([*before[0], path])
     assert files(complete.site) == before[1]
     assert [files(complete.folder / name) for name in ("HOME", "TMPDIR")] == [[], []]
+
+
+class Repository:
+    """A repository with a layer and a baseline, and a machine of CI with pip and pytest."""
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        packages = ["numpy", "rich", "jsonschema", "torch", "pip", "setuptools", "pytest"]
+        self.machine = Venv(folder.parent / "machine", packages)
+        self.summary = folder.parent / "summary.md"
+        self.variables = self.machine.variables() | {
+            "PATH": f"{self.machine.folder / 'bin'}:{os.environ['PATH']}",
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(wheel.parent),
+            "PIP_NO_BUILD_ISOLATION": "0",  # which means yes: pypa/pip#5735
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "GITHUB_STEP_SUMMARY": str(self.summary),
+            "TARGET": "torch:my_module:MySyncBatchNorm",
+            "RANKS": "1",  # a small run, so that the test is quick
+            "PROFILE": "smoke",
+        }
+        (folder / "pyproject.toml").write_text(PROJECT)
+        (folder / "test_own.py").write_text("def test_own():\n    pass\n")
+
+    def steps(self, scripts: Sequence[str], layer: str, **variables: str) -> tuple[int, str]:
+        """Run scripts until one fails, as CI does: its exit status, and what was printed."""
+        (self.folder / "my_module.py").write_text(layer)
+        printed = ""
+        for script in scripts:
+            done = subprocess.run(
+                ["bash", "-e", "-o", "pipefail", "-c", script],
+                cwd=self.folder,
+                env=variables | self.variables,
+                capture_output=True,
+                text=True,
+            )
+            printed += done.stdout + done.stderr
+            if done.returncode:
+                return done.returncode, printed
+        return 0, printed
+
+
+@pytest.fixture(scope="module")
+def repository(wheel: Path) -> Repository:
+    """It is installed, and its right layer has a baseline."""
+    made = Repository(wheel.parent / "repository", wheel)
+    variables, (install, judge, *_) = github()
+    write = 'syncbn-conformance baseline conformance --out "$BASELINE"'
+    status, printed = made.steps([install, judge, write], RIGHT, **variables)
+    assert status == 0, printed
+    assert re.search(r"Successfully installed my.layer-1.0 syncbn-", printed), printed
+    return made
+
+
+class TestInCI:
+    def test_the_github_workflow_is_green_and_shows_a_page(self, repository: Repository) -> None:
+        variables, scripts = github()
+        assert len(variables) == 5
+        status, printed = repository.steps(scripts, RIGHT, **variables)
+        assert status == 0, printed
+        assert "gate: pass, no change of torch:my_module:MySyncBatchNorm" in printed
+        assert (repository.folder / "conformance" / "page.html").is_file()
+
+    @pytest.mark.parametrize("read", [github, gitlab])
+    def test_a_wrong_layer_is_red(self, read: Any, repository: Repository) -> None:
+        variables, scripts = read()
+        status, printed = repository.steps(scripts, WRONG, **variables)
+        assert status == 1, printed
+        assert "gate: FAIL, changes in FWD-1" in printed
+        junit = ElementTree.parse(repository.folder / "conformance-junit.xml").getroot()
+        assert int(junit.get("failures", "")) > 0
+        if read is github:
+            assert "::error file=conformance-baseline.json,line=" in printed
+            assert "**FWD-1**" in repository.summary.read_text()
+        else:
+            issues = json.loads((repository.folder / "gl-code-quality-report.json").read_text())
+            assert issues[0]["check_name"] == "syncbn-conformance gate FWD-1"
+
+    def test_pytest_has_the_cases_of_the_layer_as_tests(self, repository: Repository) -> None:
+        plugin = "python -m pytest --syncbn-target my_module:MySyncBatchNorm --syncbn-ranks 1 "
+        plugin += "--syncbn-profile smoke -p no:cacheprovider"
+        status, printed = repository.steps([plugin], RIGHT)
+        assert status == 0, printed
+        passed, skipped = map(int, re.findall("([0-9]+) (?:passed|skipped)", printed))
+        assert passed + skipped == len(catalogue(1, "smoke")) + 1  # and its own test
+        status, printed = repository.steps([f"{plugin} -m 'FWD-1 or CTOR-1'"], WRONG)
+        assert status == 1, printed
+        assert "FAILED syncbn::FWD-1::" in printed
+        assert "--target torch:my_module:MySyncBatchNorm" in printed  # the command that replays it
