@@ -13,7 +13,7 @@ from syncbn.reports import compare
 from syncbn.reports.baseline import baseline, load_baseline, text
 from syncbn.reports.console import PatientConsole
 from syncbn.reports.document import Report, load
-from syncbn.reports.files import write
+from syncbn.reports.files import ReportError, write
 from syncbn.reports.findings import findings
 from syncbn.reports.gate import MAX_GROWTH, MAX_SLOWDOWN, RATIO_FLOOR, gate
 from syncbn.reports.gate_views import ANNOTATIONS, gate_junit, lines, summary
@@ -155,10 +155,23 @@ def _compare(options: argparse.Namespace) -> int:
 def _html(options: argparse.Namespace) -> int:
     runs = sorted(options.place.glob("runs/*/report.json"), key=_by_number)
     product = options.place / "product.json"
+    for path in [*runs, product] if runs else ():
+        _check_regular(path, options.place)
     found = [_load(path) for path in runs or [options.place]]
     write(options.out, page(found, load_product(product) if runs else None), "page")
     print(f"wrote {options.out}")
     return 0
+
+
+def _check_regular(path: Path, package: Path) -> None:
+    """Refuse a link or a pipe in a package, which a stranger may have made.
+
+    Raises:
+        ReportError: with the path.
+    """
+    linked = path.resolve() != package.resolve() / path.relative_to(package)
+    if linked or (path.exists() and not path.is_file()):
+        raise ReportError(f"{path} must be a regular file, and no link may lead to it")
 
 
 def _by_number(path: Path) -> tuple[int, str]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
+from jsonschema.exceptions import ValidationError, best_match
 from jsonschema.validators import extend
 
 Check: TypeAlias = Callable[[Any], bool]
@@ -81,7 +81,7 @@ class Schema:
         return self._of_enum([allowed], schema)
 
     def _of_pattern(self, pattern: str, _: Any) -> Check:
-        found = re.compile(pattern).search
+        found = _regex(pattern).search
         return lambda value: not isinstance(value, str) or found(value) is not None
 
     def _of_maxLength(self, limit: int, _: Any) -> Check:
@@ -152,14 +152,14 @@ class Schema:
 
 
 def parse(text: bytes) -> Any:
-    """The value of a JSON text.
+    """The value of a JSON text in UTF-8.
 
     Raises:
         ValueError: the text is no JSON, or has NaN, infinity, a name twice in an object, or too
             many levels.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_object)
+        return json.loads(text.decode(), parse_constant=_refuse, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("it has too many levels of lists and objects") from None
 
@@ -195,6 +195,16 @@ def _too_deep(value: Any) -> bool:
     return bool(level)
 
 
+def _regex(pattern: str) -> re.Pattern[str]:
+    """A pattern in which `$` is the end, as in JSON Schema; in Python a line feed may follow."""
+    return re.compile(re.sub(r"\$$", r"\\Z", pattern))
+
+
+def _matches(_: Any, pattern: str, value: Any, __: Any) -> Iterator[ValidationError]:
+    if isinstance(value, str) and not _regex(pattern).search(value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
 def _is_number(value: object) -> bool:
     """Whether JSON can write it as a number, unlike NaN, infinity and NumPy's scalars."""
     if isinstance(value, float):
@@ -222,6 +232,7 @@ _TYPES: dict[str, Check] = {
 
 _Validator = extend(
     Draft202012Validator,
+    {"pattern": _matches},
     type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many(
         {
             "number": lambda _, value: _is_number(value),

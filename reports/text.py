@@ -8,12 +8,13 @@ from typing import Any
 
 from syncbn.reports.document import Report
 
-# Control characters except tab and line feed, what changes the direction of text or hides in it,
-# the line separators of Unicode, halves of surrogate pairs, which no encoding can write, and the
-# two characters that XML has not.
+# Control characters except tab and line feed, the line separators of Unicode, what changes the
+# direction of text, what Unicode calls ignorable because it shows nothing, halves of surrogate
+# pairs, which no encoding can write, and the two characters that XML has not.
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\ufffe\uffff\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u2028-\u202e\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 _MARKDOWN = re.compile(r"[\\`*_{}<>\[\]()#+!|~&$-]")
 

@@ -28,8 +28,8 @@ class Folder:
     Args:
         path: the folder.
 
-    `names` has the paths of all regular files, with `/` between their parts. `odd` has those of
-    all other entries, which are never opened.
+    `names` has the paths of all regular files, with `/` between their parts, and `folders` those of
+    all folders. `odd` has those of all other entries, which are never opened.
 
     Raises:
         UnreadableError: there is no such folder, or it has too many entries.
@@ -38,11 +38,12 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.names: list[str] = []
+        self.folders: list[str] = []
         self.odd: list[str] = []
         try:
-            for name, is_file in self._entries(path, "", 0):
-                (self.names if is_file else self.odd).append(name)
-                if len(self.names) + len(self.odd) > _MOST_ENTRIES:
+            for number, (name, kind) in enumerate(self._entries(path, "", 0)):
+                kind.append(name)
+                if number >= _MOST_ENTRIES:
                     raise UnreadableError(f"{path} must have at most {_MOST_ENTRIES} entries")
         except OSError as error:
             raise UnreadableError(f"cannot read {path}: {error.strerror or error}") from error
@@ -86,12 +87,13 @@ class Folder:
     def path(self, name: str) -> Path:
         return self._path / name
 
-    def _entries(self, path: Path, above: str, depth: int) -> Iterator[tuple[str, bool]]:
-        """The name of each entry below a folder, and whether it is a regular file."""
+    def _entries(self, path: Path, above: str, depth: int) -> Iterator[tuple[str, list[str]]]:
+        """The name of each entry below a folder, and the list that it belongs to."""
         with os.scandir(path) as entries:
             for entry in entries:
                 name = f"{above}{entry.name}"
                 if entry.is_dir(follow_symlinks=False) and depth < _DEEPEST:
+                    yield name, self.folders
                     yield from self._entries(Path(entry.path), f"{name}/", depth + 1)
                 else:
-                    yield name, entry.is_file(follow_symlinks=False)
+                    yield name, self.names if entry.is_file(follow_symlinks=False) else self.odd

@@ -63,7 +63,11 @@ _SCHEMA = Schema(
                     "additionalProperties": False,
                     "required": ["shape", "sha256", "marked"],
                     "properties": {
-                        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                        "shape": {
+                            "type": "array",
+                            "maxItems": 32,
+                            "items": {"type": "integer", "minimum": 0},
+                        },
                         "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
                         "marked": {
                             "type": "array",
@@ -246,7 +250,7 @@ def _filled(
     """A large array with the values that are kept, and the expected ones elsewhere."""
     shape = tuple(about["shape"])
     size = math.prod(shape)
-    if size * kept.itemsize <= LARGEST_WHOLE or size > _MOST_VALUES or len(shape) > 32:
+    if size * kept.itemsize <= LARGEST_WHOLE or size > _MOST_VALUES:
         raise RawError(f"the shape {list(shape)} of {name!r} is not one of a large array")
     if max(about["marked"], default=0) >= size or kept.shape != _places(about).shape:
         raise RawError(f"{name!r} must have a value at each of its places")

@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from syncbn import reports
@@ -172,6 +172,9 @@ class _Verifier:
         own = {contents.CERTIFICATE, contents.CERTIFICATE + signature.SUFFIX}
         for name in sorted(set(self._folder.names) - own - set(names)):
             self._refuse(f"{name}: is no file of the package")
+        folders = {str(above) for name in names for above in PurePosixPath(name).parents}
+        for name in sorted(set(self._folder.folders) - folders):
+            self._refuse(f"{name}: is no folder of the package")
         for name in sorted(self._folder.odd):
             self._refuse(f"{name}: is no regular file")
         if missing := sorted(set(names) - set(self._folder.names)):
@@ -252,7 +255,7 @@ class _Verifier:
         digests = self._digests[ranks] = {}
         try:
             with self._folder.open(name) as file:
-                for record in raw.read(file):
+                for number, record in enumerate(raw.read(file)):
                     if record.case not in cases:
                         self._refuse(f"{name}: case {record.case} is not one of the plan")
                     elif record.case in results:
@@ -260,6 +263,8 @@ class _Verifier:
                     else:
                         results[record.case] = self._judge(name, cases[record.case], record)
                         digests[record.case] = record.sha256
+                    if number == len(cases):  # one too many: however many follow, it is refused
+                        break
         except raw.RawError as error:
             self._refuse(f"{name}: {error}")
         if [*results] != [id for id in cases if id in results]:
@@ -304,7 +309,8 @@ class _Verifier:
     def _log(self, result: str) -> None:
         """Compare the log with the reports and the raw results."""
         lines = []
-        for number, text in enumerate(self._read(contents.LOG).splitlines(), 1):
+        *texts, rest = self._read(contents.LOG).split(b"\n")
+        for number, text in enumerate([*texts, rest] if rest else texts, 1):
             line = self._parsed(f"{contents.LOG}: line {number}", text)
             if violation := _LINE.violation(line):
                 raise self._stop(f"{contents.LOG}: line {number}: {violation}")
@@ -341,13 +347,13 @@ class _Verifier:
                 self._refuse(f"{contents.ENVIRONMENT}: sources.{kind}.{name} is of no run")
 
     def _text(self, result: str) -> None:
-        wanted = contents.text(
-            self._product, self._environment, self._reports, result, self._plan
-        ).splitlines()
-        found = self._read(contents.TEXT).decode(errors="replace").splitlines()
+        text = contents.text(self._product, self._environment, self._reports, result, self._plan)
+        wanted = text.encode().split(b"\n")
+        found = self._read(contents.TEXT).split(b"\n")
         for number, (line, one) in enumerate(zip(found, wanted, strict=False), 1):
             if line != one:
-                self._refuse(f"{contents.TEXT}: line {number} is {_show(line)}, not {_show(one)}")
+                shown = [_show(each.decode(errors="backslashreplace")) for each in (line, one)]
+                self._refuse(f"{contents.TEXT}: line {number} is {shown[0]}, not {shown[1]}")
         if len(found) != len(wanted):
             self._refuse(f"{contents.TEXT}: must have {len(wanted)} lines, got {len(found)}")
 

@@ -223,6 +223,12 @@ class TestWaivers:
             ({"expires": "2026-02-30"}, "must be a date, got '2026-02-30'"),
             ({"expires": "soon"}, "waiver[0].expires"),
             ({"case": "0" * 12}, "waiver[0]"),  # and a clause
+            ({"clause": "FWD-1\n"}, r"waiver[0].clause: 'FWD-1\n' does not match"),
+            ({"expires": "2026-12-01\n"}, "waiver[0].expires"),
+            ({"expires": "20261201"}, "waiver[0].expires"),
+            ({"expires": "2026-W49-2"}, "waiver[0].expires"),
+            ({"expires": "2026-12-01T00:00:00Z"}, "waiver[0].expires"),
+            ({"expires": "\uff12026-12-01"}, "waiver[0].expires"),  # of another script
             ({"until": "2027-01-01"}, "'until' was unexpected"),
         ],
     )
@@ -387,6 +393,8 @@ class TestCommand:
             (b'{"schema": "syncbn-baseline/2"}', "got 'syncbn-baseline/2'"),
             (b'{"schema": "syncbn-baseline/1"}', "'of' is a required property"),
             (b'{"schema": "a", "schema": "b"}', "is twice in an object"),
+            ('{"schema": "syncbn-baseline/1"}'.encode("utf-16"), "is not JSON"),
+            (b'\xef\xbb\xbf{"schema": "syncbn-baseline/1"}', "Unexpected UTF-8 BOM"),
         ],
     )
     def test_a_bad_baseline_is_one_line(
@@ -410,6 +418,9 @@ class TestCommand:
             ("cases.000000000001", ["FWD-1", "pass", "nan", ""]),
             ("cases.000000000001", ["FWD-1", "pass"]),
             ("cases.x", ["FWD-1", "pass", None, ""]),
+            ("cases.000000000001\n", ["FWD-1", "pass", None, ""]),
+            ("cases.000000000001", ["FWD-1\n", "pass", None, ""]),
+            ("clauses.FWD-1\n", ["pass", ""]),
             ("clauses.FWD-1", ["pass", EVIL, 1]),
             ("of", {}),
         ],

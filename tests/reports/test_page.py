@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -190,6 +191,37 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["html", str(tmp_path / "runs"), "--out", str(tmp_path / "page.html")]) == 2
     assert main(["compare", sides[0], str(tmp_path / "none")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["runs/2/report.json", "runs/2", "runs", "product.json"])
+def test_no_link_in_a_package_is_followed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere, package = tmp_path / "elsewhere", tmp_path / "package"
+    for folder in (elsewhere, package):
+        (folder / "runs/2").mkdir(parents=True)
+        reports.save(passing(), folder / "runs/2/report.json")
+        (folder / "product.json").write_text("{}")
+    command = ["html", str(package), "--out", str(tmp_path / "page.html")]
+    assert main(command) == 0
+    (package / name).rename(tmp_path / "moved")
+    (package / name).symlink_to(elsewhere / name)
+    assert main(command) == 2
+    assert "no link may lead to it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["runs/2/report.json", "product.json"])
+def test_no_pipe_in_a_package_is_read(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would wait for ever."""
+    (tmp_path / "runs/2").mkdir(parents=True)
+    reports.save(passing(), tmp_path / "runs/2/report.json")
+    (tmp_path / "product.json").write_text("{}")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert main(["html", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+    assert f"{name} must be a regular file" in capsys.readouterr().err
 
 
 def test_compare_commands_no_terminal() -> None:

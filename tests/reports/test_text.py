@@ -61,7 +61,23 @@ def test_any_text_can_be_written(text: str) -> None:
         assert not any(ord(c) < 32 and c not in "\t\n" for c in shown)
 
 
+def test_what_shows_nothing_is_shown() -> None:
+    """So that no two names look the same, and none looks empty."""
+    for (
+        hidden
+    ) in "\u00ad\u034f\u115f\u180b\u200b\u2062\u3164\ufe0f\uffa0\U0001d173\U000e0001\U000e0100":
+        escape = hidden.encode("unicode_escape").decode()
+        assert printable(f"a{hidden}b") == f"a{escape}b"
+
+
 SCHEMA = Schema(reports.SCHEMA)
+
+
+def test_a_pattern_ends_where_the_text_does() -> None:
+    """In Python, `$` also matches before a line feed at the end."""
+    schema = Schema({"type": "string", "pattern": "^[0-9]+$"})
+    assert schema.violation("12") is None
+    assert schema.violation("12\n") == r"'12\n' does not match '^[0-9]+$'"
 
 
 @given(data=st.data())
@@ -76,7 +92,7 @@ def test_the_fast_answer_is_that_of_jsonschema(data: st.DataObject) -> None:
             place = place[data.draw(st.sampled_from(inner))]
     keys = list(place) if isinstance(place, dict) else list(range(len(place)))
     values: st.SearchStrategy[Any] = st.sampled_from(
-        [None, True, -1, 0, 1, 2.5, float("nan"), "", "inf", "pass", [], {}]
+        [None, True, -1, 0, 1, 2.5, float("nan"), "", "inf", "pass", "FWD-1\n", [], {}]
     )
     place[data.draw(st.sampled_from(keys))] = data.draw(values)
     assert (SCHEMA.violation(report) is None) == _Validator(reports.SCHEMA).is_valid(report)
