@@ -28,12 +28,14 @@ from typing import IO, Any
 from syncbn.launchers.handshake import Reception
 from syncbn.launchers.link import Link, WireError
 from syncbn.launchers.local import describe
-from syncbn.launchers.site import Site, is_here, machine, versions
+from syncbn.launchers.site import LOOP_BACK, Site, is_here, machine, versions
 
 _START_SECONDS = 120.0  # in which all keepers connect, and in which each imports a framework
 _ANSWER_SECONDS = 10.0  # in which a keeper answers anything else
 _END_SECONDS = 10.0  # in which the engine ends after its keepers
 _KILL_SECONDS = 40.0  # in which it ends what did not end by itself; torchrun gives that 30 s
+_LEFT_SECONDS = 10.0  # in which a machine ends keepers that its engine has left
+_END_LEFT = "for pid in {pids}; do grep -qs {address} /proc/$pid/cmdline && kill -KILL $pid; done"
 
 
 class EngineError(OSError):
@@ -77,7 +79,7 @@ class EngineLauncher(ABC):
     def plan(self, ranks: int, environment: Mapping[str, str]) -> list[tuple[str, str]]:
         port = str(self.site.port + 1) if self.site.port else "PORT"
         scripts = self._scripts(ranks, environment, f"{self.site.listen}:{port}")
-        return [(host, shlex.join(self._words(host, script))) for host, script in scripts]
+        return [(host, shlex.join(self.words(host, script))) for host, script in scripts]
 
     def start(
         self,
@@ -117,7 +119,7 @@ class EngineLauncher(ABC):
         nodes: list[Node] = []
         try:
             for host, script in self._scripts(ranks, environment, address):
-                nodes.append(Node(self, host, self._words(host, script)))
+                nodes.append(Node(self, host, self.words(host, script)))
         except BaseException:
             for node in nodes:
                 node.close()
@@ -135,7 +137,8 @@ class EngineLauncher(ABC):
             folder = shlex.quote(os.getcwd())
             yield host, f"read -r SYNCBN_KEY && export SYNCBN_KEY && cd {folder} && {run}"
 
-    def _words(self, host: str, script: str) -> list[str]:
+    def words(self, host: str, script: str) -> list[str]:
+        """The command that runs a shell script on a host."""
         if is_here(host):
             return ["sh", "-c", script]
         return [*self.site.agent, host, f"sh -c {shlex.quote(script)}"]
@@ -170,8 +173,12 @@ class Node:
         how = f"{self._launcher.name} on {self._host} ended: {describe(code)}"
         return f"{how} ({reason})" if reason else how
 
-    def close(self) -> None:
-        """Wait until the engine has ended after its keepers, or end it with what it has left."""
+    def close(self) -> bool:
+        """Wait until the engine has ended after its keepers, or end it with what it has left.
+
+        Returns whether it has ended its keepers, which are not in its session: one that was killed
+        has not.
+        """
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -182,8 +189,8 @@ class Node:
             self._process.wait(_KILL_SECONDS)
         with contextlib.suppress(ProcessLookupError):  # what it has left of its session
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
         self._log.close()
+        return self._process.wait() == 0
 
 
 class Keepers:
@@ -197,16 +204,20 @@ class Keepers:
         self, launcher: EngineLauncher, ranks: int, environment: Mapping[str, str]
     ) -> None:
         site = launcher.site
+        self._launcher = launcher
+        self._each = site.ranks_per_node(ranks)
         self._links: dict[int, Link] = {}
         self._lost: dict[int, str] = {}  # by rank, how
+        self.places: dict[int, dict[str, Any]] = {}
         port = site.port and site.port + 1
         with Reception(ranks, launcher.secret, site.listen, port) as reception:
-            self._nodes = launcher.open(ranks, environment, reception.address)
+            self._address = reception.address
+            self._nodes = launcher.open(ranks, environment, self._address)
             try:
                 self._links = reception.gather(_START_SECONDS, self._look)
                 if missing := sorted(set(range(ranks)) - set(self._links)):
                     raise EngineError(f"no keeper of rank {missing[0]} has connected")
-                self.places = self._introduced(site)
+                self._introduce(site)
             except BaseException:
                 self.close()
                 raise
@@ -215,9 +226,9 @@ class Keepers:
         if ended := self._ended():
             raise EngineError(ended)
 
-    def _introduced(self, site: Site) -> dict[int, dict[str, Any]]:
-        """The place of every keeper, which is in its first message."""
-        said = self._answers(self._links, _ANSWER_SECONDS)
+    def _introduce(self, site: Site) -> None:
+        """Take the place of every keeper, which is in its first message."""
+        self.places = said = self._answers(self._links, _ANSWER_SECONDS)
         if self._lost:
             raise EngineError(self.failure())
         own = versions()
@@ -228,7 +239,6 @@ class Keepers:
                     f"controller has {_words(own)}"
                 )
             place["environment"]["MASTER_ADDR"] = site.meeting or said[0]["host"]
-        return said
 
     def start(self, request: dict[str, Any]) -> None:
         requests = {
@@ -270,7 +280,7 @@ class Keepers:
         return answers
 
     def _lose(self, rank: int, error: Exception) -> None:
-        where = f" on {self.places[rank]['host']}" if hasattr(self, "places") else ""
+        where = f" on {self.places[rank]['host']}" if rank in self.places else ""
         how = "does not answer" if isinstance(error, TimeoutError) else f"is lost: {error}"
         self._lost[rank] = f"the keeper of rank {rank}{where} {how}"
 
@@ -291,8 +301,29 @@ class Keepers:
         """End all keepers, each of which ends its rank first, and the engine."""
         for link in self._links.values():
             link.close()
-        for node in self._nodes:
-            node.close()
+        ended = [node.close() for node in self._nodes]
+        if not all(ended):
+            self._end_left()
+
+    def _end_left(self) -> None:
+        """End the keepers that are still there, such as one that is stopped, and so their ranks."""
+        site, own = self._launcher.site, machine()
+        left: dict[str, list[int]] = {}  # by host
+        for rank, place in self.places.items():
+            if site.hosts:
+                left.setdefault(site.hosts[rank // self._each], []).append(place["pid"])
+            elif place["machine"] == own:
+                left.setdefault(LOOP_BACK, []).append(place["pid"])
+        for host, pids in left.items():
+            script = _END_LEFT.format(pids=" ".join(map(str, pids)), address=self._address)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a machine that is lost
+                subprocess.run(
+                    self._launcher.words(host, script),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    timeout=_LEFT_SECONDS,
+                )
 
 
 class EngineJob:

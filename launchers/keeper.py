@@ -349,8 +349,9 @@ def _dial(address: str, *variables: str) -> tuple[_Connection, dict[str, str]]:
     secret = os.environ.pop("SYNCBN_KEY")
     place = {name: os.environ[its] for name, its in zip(_OURS, variables, strict=True)}
     link = connect(address, bytes.fromhex(secret), int(place["RANK"]))
-    about = {"host": socket.gethostname(), "machine": machine(), "versions": versions()}
-    link.send(json.dumps(about | {"environment": place}).encode())
+    about = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
+    about |= {"versions": versions(), "environment": place}
+    link.send(json.dumps(about).encode())
     return _Linked(link), {"SYNCBN_KEY": secret}
 
 

@@ -1,11 +1,15 @@
-"""The processes of a pool, on this machine."""
+"""The processes of a pool of an engine, on this machine, and what must hold when one is lost."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from pathlib import Path
 
+from syncbn.conformance import runner
+from syncbn.conformance.case import Case
 from syncbn.conformance.pool import RankPool
 
 
@@ -29,3 +33,23 @@ def wait_until_ended(*pids: int) -> None:
                     break
             time.sleep(0.05)
     assert time.monotonic() < end, "it did not happen in time"
+
+
+def assert_a_killed_rank_is_replaced(pool: RankPool, case: Case) -> None:
+    """It costs a case, and its keeper starts the new one."""
+    before = keepers(pool)
+    assert pool._job is not None
+    os.kill(pool._job.processes()[1], signal.SIGKILL)
+    found = runner.run_case(pool, case).verdict
+    assert found.verdict == "crash"
+    assert "rank 1 died (signal 9, SIGKILL)" in str(found.message)
+    assert runner.run_case(pool, case).verdict.verdict == "pass"
+    assert keepers(pool) == before
+
+
+def assert_an_error_of_the_machine(pool: RankPool, case: Case) -> None:
+    """After a keeper was lost: no fault of the layer, and the next case has a new engine."""
+    found = runner.run_case(pool, case).verdict
+    assert found.verdict == "error"
+    assert "the keeper of rank " in str(found.message)
+    assert runner.run_case(pool, case).verdict.verdict == "pass"

@@ -19,7 +19,13 @@ from syncbn.conformance.pool import RankPool, StartError, _same_versions
 from syncbn.conformance.wire import Message
 from syncbn.launchers import LAUNCHERS, engine
 from syncbn.launchers.site import Site
-from tests.launchers.processes import keepers, parent, wait_until_ended
+from tests.launchers.processes import (
+    assert_a_killed_rank_is_replaced,
+    assert_an_error_of_the_machine,
+    keepers,
+    parent,
+    wait_until_ended,
+)
 
 STEP = Step(((2, 3, 3), (3, 3, 3)))
 GOOD = Case("FWD-1", "good", 2, {"num_features": 3}, (STEP,), ("y",))
@@ -64,12 +70,16 @@ def test_the_secret_stands_on_no_command_line(pool: RankPool) -> None:
 
 
 def test_new_ranks_need_no_new_engine(pool: RankPool) -> None:
+    assert_a_killed_rank_is_replaced(pool, GOOD)
+
+
+def test_a_rank_that_is_stopped_is_named(pool: RankPool) -> None:
     before = keepers(pool)
     assert pool._job is not None
-    os.kill(pool._job.processes()[1], signal.SIGKILL)
+    os.kill(pool._job.processes()[1], signal.SIGSTOP)
     found = runner.run_case(pool, GOOD).verdict
-    assert found.verdict == "crash"
-    assert "rank 1 died (signal 9, SIGKILL)" in str(found.message)
+    assert found.verdict == "hang"
+    assert "rank 1 did not answer" in str(found.message)
     assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
     assert keepers(pool) == before
 
@@ -93,24 +103,33 @@ def test_the_end_of_the_engine_is_no_fault_of_the_layer(pool: RankPool, of: str)
     else:
         os.kill(old[-1], signal.SIGTERM)  # which it passes on to its keepers
         wait_until_ended(old[-1])
-    found = runner.run_case(pool, GOOD).verdict
-    assert found.verdict == "error"
-    assert "the keeper of rank " in str(found.message)
-    assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+    assert_an_error_of_the_machine(pool, GOOD)
     assert pool._launcher.secret != secret  # so that what is left of the old ones is refused
     wait_until_ended(*old)
 
 
-def test_keepers_go_on_without_a_torchrun_that_is_killed(pool: RankPool) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_keepers_go_on_without_their_torchrun(pool: RankPool, how: signal.Signals) -> None:
+    assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
     old = max(engines(pool))
-    os.kill(old, signal.SIGKILL)
-    wait_until_ended(old)
+    os.kill(old, how)
     starts = pool.starts
     assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
     assert pool.starts == starts
     left = keepers(pool)
+    os.kill(left[1], how)  # which nothing is there to end, or nothing that runs
     pool.close()
-    wait_until_ended(*left)
+    wait_until_ended(old, *left)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server((HERE, 0)) as taken:
+        port: int = taken.getsockname()[1]
+        with (
+            RankPool(targets.parse("syncbn.torch"), 2, "torchrun", site=Site(port=port)) as pool,
+            pytest.raises(StartError, match=f"cannot listen on {HERE}:{port}: Address already in"),
+        ):
+            pool.start()
 
 
 def test_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,12 @@ from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool, StartError
 from syncbn.launchers import engine
 from tests.launchers import slurm
-from tests.launchers.processes import keepers, wait_until_ended
+from tests.launchers.processes import (
+    assert_a_killed_rank_is_replaced,
+    assert_an_error_of_the_machine,
+    keepers,
+    wait_until_ended,
+)
 
 ROOT = Path(__file__).parents[2]
 STEP = Step(((2, 3, 3), (3, 3, 3)))
@@ -67,19 +72,10 @@ def test_ranks_are_placed_lost_and_placed_again(launcher: str) -> None:
     with RankPool(targets.parse("syncbn.torch"), 2, launcher) as pool:
         assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
         first = keepers(pool)
-        assert pool._job is not None
-        os.kill(pool._job.processes()[1], signal.SIGKILL)
-        found = runner.run_case(pool, GOOD).verdict
-        assert found.verdict == "crash"
-        assert "rank 1 died (signal 9, SIGKILL)" in str(found.message)
-        assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
-        assert keepers(pool) == first
+        assert_a_killed_rank_is_replaced(pool, GOOD)
         os.kill(first[0], signal.SIGKILL)
         wait_until_ended(first[0])
-        found = runner.run_case(pool, GOOD).verdict
-        assert found.verdict == "error"
-        assert "the keeper of rank " in str(found.message)
-        assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+        assert_an_error_of_the_machine(pool, GOOD)
         last = keepers(pool)
     wait_until_ended(*first, *last)
 
