@@ -92,12 +92,12 @@ versions: $(READY) ## judge the layer on the oldest and newest torch (8 GB in .v
 
 # Engines that start ranks, and two hosts on one machine, from Debian's packages. Tests that find
 # none of them are skipped with the reason.
-ENGINES := openmpi-bin slurmctld slurmd slurm-client munge iproute2
+ENGINES := openmpi-bin slurmctld slurmd slurm-client munge iproute2 nftables
 
 .PHONY: engines
 engines: ## install what the tests of the launchers mpirun and slurm need, if root and apt-get are there
 	@if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then echo "left out: $(ENGINES): needs root and apt-get"; \
-	elif which mpirun slurmctld munged ip >/dev/null; then :; \
+	elif which mpirun slurmctld munged ip nft >/dev/null; then :; \
 	else apt-get update -qq && apt-get install -qq -y --no-install-recommends $(ENGINES) \
 	  || echo "left out: $(ENGINES): apt-get could not install them"; fi
 

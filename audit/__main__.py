@@ -182,6 +182,11 @@ def _storm_options(parser: argparse.ArgumentParser) -> None:
         default=0.02,
         help="the share of forwards in which the layer misbehaves (default 0.02)",
     )
+    parser.add_argument(
+        "--two-hosts",
+        action="store_true",
+        help="each run is on two hosts, as network namespaces, by torchrun; needs root",
+    )
     _case_options(parser)
 
 
@@ -192,6 +197,7 @@ def _storm(options: argparse.Namespace) -> int:
         ranks=options.ranks,
         profile=options.profile,
         rate=options.rate,
+        two_hosts=options.two_hosts,
         console=_console(),
     )
 

@@ -7,19 +7,22 @@ import getpass
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
+from audit.hosts import why_not
 from audit.storm import SLEEP
+from audit.storm.one_machine import OneMachine
+from audit.storm.two_hosts import TwoHosts
 from syncbn import reports
+from syncbn.conformance import ConformanceError
 from syncbn.conformance.cases import catalogue
 from syncbn.conformance.place import JOURNAL
 
@@ -29,11 +32,18 @@ _TARGET = "torch:audit/storm/layer.py:Stormy"
 _CACHES = (f"torchinductor_{getpass.getuser()}",)  # what PyTorch keeps for all its users
 _LIMIT_SECONDS = 1200.0  # for one run
 _EARLY = 0.3  # the share of runs that have faults from their start, not from their first result
-_GONE_SECONDS = 20.0  # in which all processes of a run must be gone
+_MOST_FAULTS = 30  # from outside in one run, so that it comes to its end
 
 
 def main(
-    *, minutes: float, seed: int, ranks: int, profile: str, rate: float, console: Console
+    *,
+    minutes: float,
+    seed: int,
+    ranks: int,
+    profile: str,
+    rate: float,
+    two_hosts: bool,
+    console: Console,
 ) -> int:
     """Exit status: 0 if every run kept every promise, 1 if not.
 
@@ -43,19 +53,28 @@ def main(
         ranks: of each run.
         profile: of each run.
         rate: how many forwards in one have a fault from inside.
+        two_hosts: whether each run is on two hosts, as network namespaces, by torchrun.
         console: where to print.
+
+    Raises:
+        ConformanceError: this machine cannot be two hosts.
     """
+    if two_hosts and (reason := why_not()):
+        raise ConformanceError(f"a storm on two hosts {reason}")
     end, runs, broken = time.monotonic() + 60 * minutes, 0, 0
     verdicts: Counter[str] = Counter()
     faults: Counter[str] = Counter()
-    while runs == 0 or time.monotonic() < end:
-        one = _Run(f"{seed}-{runs}", ranks, profile, rate)
-        promises = one.run()
-        runs, broken = runs + 1, broken + bool(promises)
-        verdicts += one.verdicts
-        faults += one.faults
-        for promise in promises:
-            console.print(f"run {one.name}: {promise}", style="bold red", highlight=False)
+    with TwoHosts() if two_hosts else OneMachine() as place:
+        while runs == 0 or time.monotonic() < end:
+            one = _Run(f"{seed}-{runs}", ranks, profile, rate, place)
+            promises = one.run()
+            runs, broken = runs + 1, broken + bool(promises)
+            verdicts += one.verdicts
+            faults.update(one.sent)
+            for promise in promises:
+                console.print(f"run {one.name}: {promise}", style="bold red", highlight=False)
+            if promises:
+                console.print(f"after {', '.join(one.sent)}", highlight=False)
     console.print(f"{runs} runs of {profile} on {ranks} ranks, {broken} broke a promise")
     console.print("faults from outside: " + _counts(faults), highlight=False)
     console.print("verdicts: " + _counts(verdicts), highlight=False)
@@ -69,10 +88,18 @@ def _counts(counter: Counter[str]) -> str:
 class _Run:
     """One run of the suite, and the faults that it gets from outside."""
 
-    def __init__(self, name: str, ranks: int, profile: str, rate: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        ranks: int,
+        profile: str,
+        rate: float,
+        place: OneMachine | TwoHosts,
+    ) -> None:
         self.name = name
+        self._place = place
         self.verdicts: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
+        self.sent: list[str] = []  # the faults from outside
         self._ranks, self._profile, self._rate = ranks, profile, rate
         self._random = random.Random(name)
         self._mark = f"{_MARK}={os.getpid()}-{name}".encode()
@@ -85,12 +112,13 @@ class _Run:
             command = [sys.executable, "-m", "syncbn.conformance", "run", "--target", _TARGET]
             command += ["--ranks", str(self._ranks), "--profile", self._profile]
             command += ["--oracle", "none", "--max-hangs", "1000", "--out", str(out)]
+            command += self._place.options
             name, value = self._mark.decode().split("=")
             environment = {name: value, "STORM": f"{self.name} {self._rate}"}
             environment["TMPDIR"] = str(temporary)
             with tempfile.TemporaryFile() as output:
                 controller = subprocess.Popen(
-                    command,
+                    self._place.command(command),
                     cwd=ROOT,
                     env=os.environ | environment,
                     stdin=subprocess.DEVNULL,
@@ -101,6 +129,7 @@ class _Run:
                     status = self._send_faults(controller, out)
                 finally:
                     controller.kill()
+                    self._place.settle()
                 output.seek(0)
                 text = output.read().decode(errors="replace")
             files = [place.name for place in temporary.iterdir()]
@@ -121,10 +150,10 @@ class _Run:
             started = started or _has_a_result(out / JOURNAL)
             if not started:
                 continue
-            fault = self._random.choice(_OUTSIDE)
+            if len(self.sent) == _MOST_FAULTS:
+                continue
             with contextlib.suppress(OSError, IndexError):
-                fault(self._random, controller.pid)
-                self.faults[fault.__name__.strip("_").replace("_", " ")] += 1
+                self.sent.append(self._place.hit(self._random, controller.pid))
         controller.kill()
         controller.wait()
         return None
@@ -157,7 +186,7 @@ class _Run:
 
     def _left(self) -> list[str]:
         """The processes of the run that are still there."""
-        end = time.monotonic() + _GONE_SECONDS
+        end = time.monotonic() + self._place.gone_seconds
         while (found := self._processes()) and time.monotonic() < end:
             time.sleep(0.1)
         for pid in found:
@@ -167,111 +196,17 @@ class _Run:
 
     def _processes(self) -> dict[int, str]:
         """The processes with the mark, and children of the layer without any environment."""
+        others = self._place.processes()
         found = {}
         for place in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 command = (place / "cmdline").read_bytes().split(b"\0")
                 words = (place / "environ").read_bytes().split(b"\0")
-                if self._mark in words or SLEEP.encode() in command:
-                    found[int(place.name)] = b" ".join(command).decode(errors="replace")
+                pid = int(place.name)
+                if self._mark in words or SLEEP.encode() in command or pid in others:
+                    found[pid] = b" ".join(command).decode(errors="replace")
         return found
 
 
 def _has_a_result(journal: Path) -> bool:
     return journal.exists() and journal.read_bytes().count(b"\n") > 1
-
-
-def _children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for place in tasks for child in place.read_text().split()]
-
-
-def _guard(controller: int) -> int:
-    """The guard of the parent of the ranks.
-
-    Raises:
-        ProcessLookupError: there is none at the moment.
-    """
-    for pid in _children(controller):
-        if b"syncbn.launchers.keeper" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    raise ProcessLookupError
-
-
-def _keeper(controller: int) -> int:
-    """The parent of the ranks.
-
-    Raises:
-        IndexError: there is none at the moment.
-    """
-    return _children(_guard(controller))[0]
-
-
-def _any_rank(choose: random.Random, controller: int) -> int:
-    return choose.choice(_children(_keeper(controller)))
-
-
-def _kill_a_rank(choose: random.Random, controller: int) -> None:
-    os.kill(_any_rank(choose, controller), signal.SIGKILL)
-
-
-def _stop_a_rank(choose: random.Random, controller: int) -> None:
-    os.kill(_any_rank(choose, controller), signal.SIGSTOP)
-
-
-def _pause_a_rank(choose: random.Random, controller: int) -> None:
-    _pause(_any_rank(choose, controller), 0.7)
-
-
-def _kill_the_parent_of_the_ranks(choose: random.Random, controller: int) -> None:
-    if choose.random() < 0.5:  # a run that cannot start twice in a row gives up
-        raise IndexError
-    os.kill(choose.choice((_guard, _keeper))(controller), signal.SIGKILL)
-
-
-def _pause_the_parent_of_the_ranks(_: random.Random, controller: int) -> None:
-    _pause(_keeper(controller), 2.0)
-
-
-def _pause_the_controller(_: random.Random, controller: int) -> None:
-    _pause(controller, 2.0)
-
-
-def _pause(pid: int, seconds: float) -> None:
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGCONT)
-
-
-def _kill_the_controller(choose: random.Random, controller: int) -> None:
-    if choose.random() < 0.1:  # otherwise no run comes to its end
-        os.kill(controller, signal.SIGKILL)
-    else:
-        raise IndexError
-
-
-def _strangers(choose: random.Random, controller: int) -> None:
-    """Connect to every port of the run, and send something or nothing."""
-    for pid in (controller, *_children(_keeper(controller))):
-        for port in _ports(pid):
-            with socket.create_connection(("127.0.0.1", port), timeout=1.0) as connection:
-                connection.sendall(choose.randbytes(choose.choice((0, 1, 100, 10_000))))
-
-
-def _ports(pid: int) -> list[int]:
-    sockets = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    listening = [row for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
-    return [int(row[1].split(":")[1], 16) for row in listening]
-
-
-_OUTSIDE: tuple[Callable[[random.Random, int], None], ...] = (
-    _kill_a_rank,
-    _stop_a_rank,
-    _pause_a_rank,
-    _kill_the_parent_of_the_ranks,
-    _pause_the_parent_of_the_ranks,
-    _pause_the_controller,
-    _kill_the_controller,
-    _strangers,
-)
