@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from audit import gate, ladder, versions
+from audit import gate, ladder, launchers, versions
 from audit.failures import known, page
 from audit.fuzz import READERS
 from audit.fuzz import run as fuzz
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _study_options(add("study", _study, "Calibrate the bound on sound and unsound layers."))
     _versions_options(add("versions", _versions, "Judge the oldest and the newest torch."))
     _storm_options(add("storm", _storm, "Run the suite under random faults."))
+    _launchers_options(add("launchers", _launchers, "Compare launchers bit by bit."))
     _fuzz_options(add("fuzz", _fuzz, "Give random bytes to what reads files and connections."))
     add("weaknesses", _weaknesses, "Try again what the judge once did wrong.")
     _kernels_steps(
@@ -198,6 +199,28 @@ def _storm(options: argparse.Namespace) -> int:
         profile=options.profile,
         rate=options.rate,
         two_hosts=options.two_hosts,
+        console=_console(),
+    )
+
+
+def _launchers_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name",
+        nargs="*",
+        default=["local", "torchrun", "torchrun:2"],
+        help="of a launcher, or NAME:NODES, where all nodes are this machine; the others are "
+        "compared with the first (default local torchrun torchrun:2)",
+    )
+    parser.add_argument("--target", default="syncbn.torch", help="default syncbn.torch")
+    _case_options(parser)
+
+
+def _launchers(options: argparse.Namespace) -> int:
+    return launchers.main(
+        names=options.name,
+        target=options.target,
+        ranks=options.ranks,
+        profile=options.profile,
         console=_console(),
     )
 
