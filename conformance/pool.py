@@ -35,7 +35,7 @@ HERE = Site()  # this machine alone
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _JOIN_SECONDS = 20.0  # in which ranks that have all loaded form a new world
 _GRACE_SECONDS = 5.0  # in which the peers of a rank that failed must fail as well
-_PATIENCE = 10.0  # factor of all times if ranks compile every step, or interpret their kernels
+_PATIENCE = 10.0  # factor of all times if ranks compile their steps, or interpret their kernels
 _MAX_FAILED_STARTS = 2  # in a row; after that every case is an error at once
 _IDLE_SECONDS = 1.0  # after which ranks that wait for each other hang, if nothing runs
 _MIN_BUSY_SECONDS = 5.0  # of processor time that a thread may always use
@@ -490,7 +490,9 @@ def _stuck(activity: Activity, deadline: float, patience: float) -> str:
 
 
 def _patience(target: Target) -> float:
-    return _PATIENCE if target.mode == "graph" or target.rung == "interpreted" else 1.0
+    backend = FRAMEWORKS[target.framework].backends.get(target.backend or "")
+    compiles = target.mode == "graph" or (backend is not None and backend.compiles)
+    return _PATIENCE if compiles or target.rung == "interpreted" else 1.0
 
 
 def _changed(outcome: Outcome, which: str) -> list[str]:

@@ -25,6 +25,7 @@ class BackendInfo:
     on_cpu: what its results on CPU stand for: "device" is the backend itself; "substituted" is the
         backend with substitutes for kernels that CPU does not have; "interpreted" are our kernels
         in Triton's interpreter; "twin" are our kernels as Ascend's compiler lowered them.
+    compiles: whether a step may take seconds, because it compiles loops for a new kind of data.
     needs: the modules that it imports and that the framework does not bring.
     install: how to install them.
     internal: whether it exists for tests only. Error messages do not offer it.
@@ -36,6 +37,7 @@ class BackendInfo:
     preferred_on: tuple[tuple[str, tuple[str, ...]], ...] = ()
     float64_on: tuple[str, ...] = ()
     on_cpu: str = "device"
+    compiles: bool = False
     needs: tuple[str, ...] = ()
     install: str = ""
     internal: bool = False
@@ -53,6 +55,12 @@ TORCH = _by_name(
         "syncbn.torch.backends.composed",
         default_on=("cpu",),
         float64_on=("cpu", "cuda"),
+    ),
+    BackendInfo(
+        "inductor",
+        "syncbn.torch.backends.inductor",
+        float64_on=("cpu",),
+        compiles=True,
     ),
     BackendInfo(
         "aten",
