@@ -10,7 +10,7 @@ from typing import Any
 from syncbn.reports.baseline import Baseline, seconds, subject, title, versions
 from syncbn.reports.document import Report
 from syncbn.reports.files import ReportError
-from syncbn.reports.importance import importance
+from syncbn.reports.importance import explained, importance
 from syncbn.reports.text import one_line, shown
 from syncbn.reports.waivers import Waiver
 
@@ -70,8 +70,11 @@ class ClauseChange:
 
     @property
     def failing(self) -> int:
-        """The number of changed cases that fail in the run and are not waived."""
-        return sum(change.fails and not change.waiver for change in self.changes)
+        """The number of changed cases that fail in the run and are neither waived nor explained."""
+        return sum(
+            change.fails and not change.waiver and not explained(change.row)
+            for change in self.changes
+        )
 
     @property
     def red(self) -> bool:

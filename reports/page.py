@@ -10,7 +10,7 @@ from typing import Any
 from syncbn.reports.charts import heat_map, histograms, pairs, ratio_bar
 from syncbn.reports.document import THRESHOLD, Report
 from syncbn.reports.files import ReportError, read
-from syncbn.reports.importance import importance
+from syncbn.reports.importance import explained, importance
 from syncbn.reports.schema import parse
 from syncbn.reports.table import facts, ratio_text, replay_command, subject
 from syncbn.reports.text import escaped, one_line
@@ -148,11 +148,12 @@ def _failures(report: Report) -> str:
             failing[case["clause"]].append(case)
     if not failing:
         return ""
-    order = [
-        (importance(clause["id"], len(bad), clause["cases"], clause["required"], place), clause)
-        for place, clause in enumerate(report["clauses"])
-        if (bad := failing[clause["id"]])
-    ]
+    order = []
+    for place, clause in enumerate(report["clauses"]):
+        if bad := failing[clause["id"]]:
+            count = sum(not explained(case) for case in bad)
+            key = importance(clause["id"], count, clause["cases"], clause["required"], place)
+            order.append((key, clause))
     order.sort(key=lambda entry: entry[0])
     text = "What went wrong, the most important clause first, and the commands that run it again."
     found = [_failing_clause(report, clause, failing[clause["id"]]) for _, clause in order]

@@ -209,12 +209,12 @@ class RankOrder(Fault):
 
 
 class NewGroupEveryStep(Fault):
-    """Every training step makes a communicator of its own.
+    """Every training step makes a communicator of its own; groups wait for each other over it.
 
     Source: NVIDIA/apex#105; NVIDIA/apex#113.
     """
 
-    dies_in = ("COMM-1",)
+    dies_in = ("FWD-5", "COMM-1")
     frameworks = ("torch",)
 
     def exchange(self, *step: Any) -> Array:
@@ -367,12 +367,12 @@ class AddsInAnyOrder(Fault):
 
 
 class EpsClamp(Fault):
-    """invstd = 1 / sqrt(max(var, eps)).
+    """invstd = 1 / sqrt(max(var, eps)), in training and in eval.
 
     Source: vacancy/Synchronized-BatchNorm-PyTorch#38.
     """
 
-    dies_in = ("FWD-1", "NUM-1")
+    dies_in = ("FWD-1", "EVAL-1", "NUM-1")
 
     def invstd(self, var: Array) -> Array:
         return 1 / np.sqrt(np.maximum(var, self.eps))
@@ -504,12 +504,12 @@ class MomentumNoneIsZero(Fault):
 
 
 class ZeroDebias(Fault):
-    """The running average is corrected for its start, like the moments of Adam.
+    """The running average is corrected for its start, like Adam's moments; a cumulative one too.
 
     Source: tensorflow/tensorflow: tensorflow/python/training/moving_averages.py, zero_debias.
     """
 
-    dies_in = ("STAT-1",)
+    dies_in = ("STAT-1", "STAT-4")
 
     def factor(self, steps: int) -> float:
         factor = super().factor(steps)
@@ -560,12 +560,12 @@ class CountsAbortedSteps(Fault):
 
 
 class TracksInEval(Fault):
-    """The running mean also moves in eval.
+    """The running mean also moves in eval, before y is computed of it.
 
     Source: derived from docs/contract.md.
     """
 
-    dies_in = ("STAT-6",)
+    dies_in = ("STAT-6", "EVAL-1")
 
     def evaluate(self, x: Array, state: State, communicator: Communicator) -> Any:
         if state.running_mean is not None and x.size:
@@ -795,6 +795,10 @@ class PairsBranchesWrongly(Fault):
 
     sums: Array
     latest: ClassVar[Callable[[], PairsBranchesWrongly | None]] = lambda: None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        PairsBranchesWrongly.latest = lambda: None  # no branch of the model before
 
     def reduce_sums(self, sums: Array, stats: Statistics, communicator: Communicator) -> Array:
         other, self.sums = PairsBranchesWrongly.latest() or self, sums

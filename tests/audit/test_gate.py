@@ -18,7 +18,7 @@ def test_a_mutant_is_red_with_its_clause_first_and_one_that_is_green_is_named(
     assert main(["gate", "BiasedRunningVar", "ConstantShardOverflows", *options]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "BiasedRunningVar red STAT-2 STAT-2 ConstantShardOverflows GREEN" in shown
-    assert "Plain: green, 0 cases not passed" in shown
+    assert "Plain: green, 0 cases failed" in shown
     assert "1 of 2 mutants are red; a clause in which it must die comes first in 1" in shown
     report = reports.load(tmp_path / "BiasedRunningVar.json")
     assert report["summary"]["verdict"] == "fail"
