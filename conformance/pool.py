@@ -14,6 +14,7 @@ import os
 import selectors
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +80,20 @@ class Restart:
     case: str
     reason: str
     seconds: float
+
+
+@dataclass
+class _Sent:
+    """A message that was sent to ranks.
+
+    waiting: the ranks that have it and have not answered, with their channels.
+    stuck: the ranks that did not take it.
+    gone: the ranks whose processes had ended.
+    """
+
+    waiting: dict[int, Channel]
+    stuck: list[int] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
 
 
 class StartError(TargetError):
@@ -199,16 +214,27 @@ class RankPool:
 
     def run(self, case: Case) -> Outcome:
         """Run a case on all ranks. No target can make this raise."""
+        return self.begin(case)()
+
+    def begin(self, case: Case) -> Callable[[], Outcome]:
+        """Give a case to all ranks. No target can make this raise.
+
+        Returns:
+            A function that waits for the answers, from now on for as long as the case may take. It
+            must be called before the pool does anything else.
+        """
         try:
             self._prepare(case)
         except StartError as error:
-            return Outcome([None] * self.ranks, error=str(error))
+            outcome = Outcome([None] * self.ranks, error=str(error))
+            return lambda: outcome
         began = time.monotonic()
-        outcome = self._exchange(
-            {"do": "run", "case": case.document},
-            case.deadline,
-            patience=_patience(self.target),
-            watch=self.target.device == "cpu",
+        sent = self._send({"do": "run", "case": case.document})
+        return lambda: self._finish(case, sent, began)
+
+    def _finish(self, case: Case, sent: _Sent, began: float) -> Outcome:
+        outcome = self._wait(
+            sent, case.deadline, _patience(self.target), watch=self.target.device == "cpu"
         )
         assert self._job is not None
         if (outcome.crashed or outcome.hung) and (failure := self._job.failure()):
@@ -296,7 +322,7 @@ class RankPool:
         self, content: dict[str, Any], deadline: float, only: list[int] | None = None
     ) -> list[Message]:
         """The answers to a message that must succeed on all ranks (or on those in `only`)."""
-        outcome = self._exchange(content, deadline, only)
+        outcome = self._wait(self._send(content, only), deadline)
         if outcome.crashed or outcome.hung:
             raise StartError(outcome.details)
         answers = [answer for answer in outcome.answers if answer is not None]
@@ -307,40 +333,39 @@ class RankPool:
                 )
         return answers
 
-    def _exchange(
-        self,
-        content: dict[str, Any],
-        deadline: float,
-        only: list[int] | None = None,
-        patience: float = 1.0,
-        watch: bool = False,
-    ) -> Outcome:
-        """Send a message to all ranks, or to those in `only`, and wait for the answers.
-
-        Args:
-            content: the message.
-            deadline: how long to wait, in seconds.
-            only: the ranks that get it; None for all.
-            patience: a factor of all times.
-            watch: whether the wait also ends if all ranks sleep, or if one computes for too long.
-        """
+    def _send(self, content: dict[str, Any], only: list[int] | None = None) -> _Sent:
+        """Send a message to all ranks, or to those in `only`."""
         self._epoch += 1
         receivers = range(self.ranks) if only is None else only
-        answers: list[Message | None] = [None] * self.ranks
-        waiting = {rank: self._channels[rank] for rank in receivers}
-        crashed: dict[int, str] = {}  # by rank, what it sent if that was no message
-        stuck: list[int] = []  # the ranks that do not take a message
-        for rank, channel in list(waiting.items()):
+        sent = _Sent({rank: self._channels[rank] for rank in receivers})
+        for rank, channel in list(sent.waiting.items()):
             try:
                 channel.send(content | {"epoch": self._epoch}, seconds=_SEND_SECONDS)
             except TimeoutError:
-                stuck.append(rank)
-                del waiting[rank]
+                sent.stuck.append(rank)
+                del sent.waiting[rank]
             except OSError:
-                crashed[rank] = ""
-                del waiting[rank]
+                sent.gone.append(rank)
+                del sent.waiting[rank]
+        return sent
+
+    def _wait(
+        self, sent: _Sent, deadline: float, patience: float = 1.0, watch: bool = False
+    ) -> Outcome:
+        """Wait for the answers to a message.
+
+        Args:
+            sent: the message.
+            deadline: how long to wait, in seconds.
+            patience: a factor of all times.
+            watch: whether the wait also ends if all ranks sleep, or if one computes for too long.
+        """
+        waiting = sent.waiting
+        answers: list[Message | None] = [None] * self.ranks
+        # By rank, what it sent if that was no message.
+        crashed: dict[int, str] = dict.fromkeys(sent.gone, "")
         grace = _GRACE_SECONDS * patience
-        end = time.monotonic() + (grace if crashed or stuck else deadline * patience)
+        end = time.monotonic() + (grace if crashed or sent.stuck else deadline * patience)
         activity: Activity | None = None
         why = "did not answer in time"
         with selectors.DefaultSelector() as selector:
@@ -370,7 +395,7 @@ class RankPool:
                         if went_wrong(answer):
                             end = min(end, time.monotonic() + grace)
                     selector.unregister(waiting.pop(rank))
-        hung = sorted([*waiting, *stuck])
+        hung = sorted([*waiting, *sent.stuck])
         return Outcome(answers, sorted(crashed), hung, self._explain(crashed, hung, why, answers))
 
     def _activity_of_all(self) -> Activity | None:

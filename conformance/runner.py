@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from syncbn.conformance import verdict
@@ -48,7 +49,8 @@ class Comparison:
 class Result:
     """The verdict on a target in one case.
 
-    seconds: the time the target and its judgement took.
+    seconds: how long the run waited for the target and its judgement. While a case is judged the
+        next one runs, so that time counts for one of them only.
     comparison: None without an oracle, and where the target does not support the case.
     changed: what the target changed in the processes of the ranks, one text for each rank.
     """
@@ -76,18 +78,44 @@ def run(
 ) -> list[Result]:
     """Run all cases in their order, and call `progress` after each and `record` before that.
 
+    While the ranks of the target run a case, the case before it is judged, and runs on the oracle.
+
     After `max_hangs` hangs of the target no more case runs, and after as many of the oracle the
     oracle gets no more.
     """
     results = []
-    for case in cases:
-        if pool.hangs >= max_hangs:
-            results.append(not_run(case, max_hangs))
-        else:
-            asked = oracle if oracle is None or oracle.hangs < max_hangs else None
-            results.append(run_case(pool, case, asked, record))
-        progress(results[-1])
+    for result in _results(pool, cases, oracle, max_hangs, record):
+        results.append(result)
+        progress(result)
     return results
+
+
+def _results(
+    pool: RankPool,
+    cases: Sequence[Case],
+    oracle: RankPool | None,
+    max_hangs: int,
+    record: Recorder | None,
+) -> Iterator[Result]:
+    def result(of: _Run) -> Result:
+        asked = oracle if oracle is None or oracle.hangs < max_hangs else None
+        return of.result(asked, record)
+
+    last: _Run | None = None
+    for index, case in enumerate(cases):
+        if pool.hangs >= max_hangs:
+            rest = cases[index:]
+            break
+        next_one = _Run(pool, case)
+        if last is not None:
+            yield result(last)
+        next_one.wait()
+        last = next_one
+    else:
+        rest = []
+    if last is not None:
+        yield result(last)
+    yield from (not_run(case, max_hangs) for case in rest)
 
 
 def not_run(case: Case, max_hangs: int = MAX_HANGS) -> Result:
@@ -103,24 +131,53 @@ def run_case(
     record: Recorder | None = None,
 ) -> Result:
     """Run one case on the target, and on the oracle if there is one. Neither can make it raise."""
-    start = time.monotonic()
-    expected = functools.cache(lambda: expect(case))
-    outcome = pool.run(case)
-    changed = tuple(outcome.changed)
-    judged = judge(case, outcome, expected)
-    if record is not None:
-        record(case, outcome, expected)
-    seconds = time.monotonic() - start
-    if oracle is None or judged.verdict in ("unsupported", "error"):
-        return Result(case, judged, seconds, None, changed)
-    if any(step.error for step in case.steps):
-        return Result(case, judged, seconds, _NOT_ASKED, changed)
-    answer = oracle.run(case)
-    of_oracle = judge(case, answer, expected)
-    apart = None if case.error else verdict.apart(case, outcome, answer, expected())
-    raised = case.error is None and any(map(went_wrong, answer.answers))
-    finding = "no answer" if raised else _finding(judged, of_oracle, apart)
-    return Result(case, judged, seconds, Comparison(of_oracle, apart, finding), changed)
+    one = _Run(pool, case)
+    one.wait()
+    return one.result(oracle, record)
+
+
+class _Run:
+    """A case that the ranks of a target run from now on."""
+
+    def __init__(self, pool: RankPool, case: Case) -> None:
+        self._case = case
+        self._expected = functools.cache(lambda: expect(case))
+        self._seconds = 0.0
+        with self._timed():
+            self._answers = pool.begin(case)
+
+    def wait(self) -> None:
+        """Wait for the answers, and compute meanwhile what is expected."""
+        with self._timed():
+            # `judge` meets an exception again, and tells it.
+            with contextlib.suppress(Exception):
+                if self._case.error is None:
+                    self._expected()
+            self._outcome = self._answers()
+
+    def result(self, oracle: RankPool | None, record: Recorder | None) -> Result:
+        case, outcome, expected = self._case, self._outcome, self._expected
+        with self._timed():
+            judged = judge(case, outcome, expected)
+            if record is not None:
+                record(case, outcome, expected)
+        result = Result(case, judged, self._seconds, None, tuple(outcome.changed))
+        if oracle is None or judged.verdict in ("unsupported", "error"):
+            return result
+        if any(step.error for step in case.steps):
+            return replace(result, comparison=_NOT_ASKED)
+        answer = oracle.run(case)
+        of_oracle = judge(case, answer, expected)
+        apart = None if case.error else verdict.apart(case, outcome, answer, expected())
+        raised = case.error is None and any(map(went_wrong, answer.answers))
+        finding = "no answer" if raised else _finding(judged, of_oracle, apart)
+        return replace(result, comparison=Comparison(of_oracle, apart, finding))
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - start
 
 
 def judge(case: Case, outcome: Outcome, expected: Callable[[], Expectations]) -> Verdict:

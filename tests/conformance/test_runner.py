@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,19 @@ from syncbn.conformance.wire import Message
 CASE = Case("FWD-1", "one rank", 1, {"num_features": 3}, (Step(((4, 3),), backward=False),), ("y",))
 
 
-class Answers:
+class Pool:
+    """A pool that answers at once."""
+
+    hangs = 0
+
+    def begin(self, case: Case) -> Callable[[], Outcome]:
+        return lambda: self.run(case)
+
+    def run(self, case: Case) -> Outcome:
+        raise NotImplementedError
+
+
+class Answers(Pool):
     """A pool whose only rank answers with y = the expected y + `error`, or with facts alone."""
 
     def __init__(self, error: float = 0.0, **facts: Any) -> None:
@@ -33,19 +46,15 @@ class Answers:
         return Outcome([self.message])
 
 
-class Hangs:
+class Hangs(Pool):
     """A pool whose rank never answers."""
-
-    hangs = 0
 
     def run(self, case: Case) -> Outcome:
         self.hangs += 1
         return Outcome([None], hung=[0], details="d")
 
 
-class NeverRuns:
-    hangs = 0
-
+class NeverRuns(Pool):
     def run(self, case: Case) -> Outcome:
         raise AssertionError("the oracle must not run")
 
@@ -90,12 +99,49 @@ def test_a_run_gives_up_after_some_hangs() -> None:
 
 
 def test_a_run_gives_up_an_oracle_after_some_hangs() -> None:
-    class Right(Answers):
-        hangs = 0
-
     oracle = Hangs()
     found = runner.run(
-        cast(RankPool, Right()), [CASE] * 3, lambda _: None, cast(RankPool, oracle), max_hangs=2
+        cast(RankPool, Answers()), [CASE] * 3, lambda _: None, cast(RankPool, oracle), max_hangs=2
     )
     assert [result.verdict.verdict for result in found] == ["pass"] * 3
     assert [result.comparison is None for result in found] == [False, False, True]
+
+
+def test_a_case_is_judged_while_the_next_one_runs() -> None:
+    log: list[str] = []
+
+    class Target(Answers):
+        def begin(self, case: Case) -> Callable[[], Outcome]:
+            log.append("begin")
+            return super().begin(case)
+
+        def run(self, case: Case) -> Outcome:
+            log.append("answer")
+            return super().run(case)
+
+    class Oracle(Answers):
+        def run(self, case: Case) -> Outcome:
+            log.append("oracle")
+            return super().run(case)
+
+    runner.run(
+        cast(RankPool, Target()),
+        [CASE] * 2,
+        lambda _: log.append("result"),
+        cast(RankPool, Oracle()),
+    )
+    first, last = ["oracle", "result"], ["oracle", "result"]
+    assert log == ["begin", "answer", "begin", *first, "answer", *last]
+
+
+def test_no_case_begins_after_a_result_ends_the_run() -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(_: runner.Result) -> None:
+        raise Enough
+
+    pool = Hangs()
+    with pytest.raises(Enough):
+        runner.run(cast(RankPool, pool), [CASE] * 5, stop)
+    assert pool.hangs == 1
