@@ -22,6 +22,10 @@ _BUSY = "RD"  # the states of a thread that runs or is about to, or that waits f
 class _Thread(NamedTuple):
     state: str
     seconds: float  # that it has used of processors
+    queued: float  # seconds that it has waited for a processor
+
+
+_UNSEEN = _Thread("", 0.0, 0.0)
 
 
 class Activity:
@@ -56,13 +60,19 @@ class Activity:
 
     def busiest_seconds(self) -> float:
         """The processor time of the thread that has used most since the start."""
-        return max(
-            (
-                thread.seconds - (self._first[key].seconds if key in self._first else 0.0)
-                for key, thread in self._last.items()
-            ),
-            default=0.0,
-        )
+        return max((used for used, _ in self._since_start()), default=0.0)
+
+    def queued_seconds(self) -> float:
+        """For how long threads that could run have waited for a processor since the start.
+
+        It is a sum, because a rank may wait for one rank after the other, and each for a processor.
+        """
+        return sum(queued for _, queued in self._since_start())
+
+    def _since_start(self) -> Iterator[tuple[float, float]]:
+        for key, thread in self._last.items():
+            _, used, queued = self._first.get(key, _UNSEEN)
+            yield thread.seconds - used, thread.queued - queued
 
     def _look(self) -> dict[str, _Thread]:
         return {name: thread for pid in self._pids for name, thread in _threads(pid)}
@@ -74,8 +84,8 @@ def _threads(pid: int) -> Iterator[tuple[str, _Thread]]:
         children: list[str] = []
         with contextlib.suppress(OSError):  # it has just ended
             state = (task / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            used = int((task / "schedstat").read_text().split()[0]) / 1e9
+            used, queued, _ = (task / "schedstat").read_text().split()
             children = (task / "children").read_text().split()
-            yield str(task), _Thread(state, used)
+            yield str(task), _Thread(state, int(used) / 1e9, int(queued) / 1e9)
         for child in children:
             yield from _threads(int(child))

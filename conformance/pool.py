@@ -367,11 +367,12 @@ class RankPool:
         grace = _GRACE_SECONDS * patience
         end = time.monotonic() + (grace if crashed or sent.stuck else deadline * patience)
         activity: Activity | None = None
+        queued = 0.0  # seconds in which the ranks waited for a processor: no fault of the layer
         why = "did not answer in time"
         with selectors.DefaultSelector() as selector:
             for rank, channel in waiting.items():
                 selector.register(channel, selectors.EVENT_READ, rank)
-            while waiting and (left := end - time.monotonic()) > 0:
+            while waiting and (left := end + queued - time.monotonic()) > 0:
                 ready = [key.data for key, _ in selector.select(min(left, _PAUSE_SECONDS))]
                 if watch and activity is None and not ready:
                     assert self._job is not None
@@ -382,6 +383,7 @@ class RankPool:
                 if activity is not None and (stuck_why := _stuck(activity, deadline, patience)):
                     why = stuck_why
                     break
+                queued = 0.0 if activity is None else activity.queued_seconds()
                 for rank in ready or self._ended_of(waiting):
                     try:
                         answer = self._answer(waiting[rank], dead=not ready)

@@ -51,6 +51,16 @@ class FailsByChannels(SyncBatchNorm):
         return super().forward(input)
 
 
+class Computes(SyncBatchNorm):
+    """Uses half a second of a processor before each step."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        end = time.process_time() + 0.5
+        while time.process_time() < end:
+            pass
+        return super().forward(input)
+
+
 class Renamed(SyncBatchNorm):
     """The documented eps has another name, so Python itself refuses every value of it."""
 

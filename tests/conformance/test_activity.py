@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -49,6 +50,25 @@ def test_a_stopped_process_does_nothing() -> None:
         time.sleep(0.3)
         assert activity.idle_seconds() > 0.2
         process.kill()
+
+
+def test_processes_on_one_processor_wait_for_it() -> None:
+    processor = min(os.sched_getaffinity(0))
+    script = f"import os; os.sched_setaffinity(0, {{{processor}}})\n{SPINS}"
+    command = [sys.executable, "-c", script]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as one,
+        subprocess.Popen(command, stdout=subprocess.PIPE) as other,
+    ):
+        for process in (one, other):
+            assert process.stdout is not None
+            process.stdout.readline()
+        activity = Activity([one.pid])
+        time.sleep(1.0)
+        activity.idle_seconds()
+        assert activity.queued_seconds() > 0.2
+        one.kill()
+        other.kill()
 
 
 def test_what_cannot_be_seen_is_active() -> None:
