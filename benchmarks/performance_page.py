@@ -79,6 +79,20 @@ have a mean of {mean:.0f} standard deviations: the largest error of all channels
 |--:|---|--:|--:|--:|--:|--:|
 """
 
+_GROUPS = """
+![The same figures as curves](world.svg)
+
+`python -m benchmarks.world_plot` draws them; an error of 0 stands at 1e-17. What every rank gets
+and merges grows with the group, and so does the wait for its slowest rank. The message of a rank
+does not. The standard error of the mean of n values is 1 / sqrt(n) standard deviations, so beyond
+some thousand values per channel a larger group changes the statistics little. On many nodes give
+the layer a group of near ranks, such as those of a node or of 64 ranks (`process_group`): its
+collectives stay between these. Each group then has its own running statistics, of which
+DistributedDataParallel by default broadcasts those of rank 0. The layer itself has no merge in two
+levels: it calls one all_gather and one all_reduce, and how these cross the nodes is the choice of
+Gloo, NCCL or HCCL.
+"""
+
 _CPU = """
 ## On CPU, timed
 
@@ -159,6 +173,7 @@ def text() -> str:
             *map(_counted_in_mindspore, in_mindspore["records"]),
             growing,
             *map(_merged, world["records"]),
+            _GROUPS,
             cpu,
             *map(_timed, layer["cases"]),
             _STEP.format(

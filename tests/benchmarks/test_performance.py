@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from benchmarks import check, performance_page, world
+from benchmarks import check, performance_page, world, world_plot
 
 
 def test_the_page_is_made_of_the_kept_figures() -> None:
@@ -24,6 +25,13 @@ def test_the_merge_stays_exact_as_the_world_grows() -> None:
         unit = torch.finfo(torch.float32).eps / 2
         assert in_float32["mean_error"] < 4 * unit * world.MEAN
         assert in_float32["var_error"] < 1e-4
+
+
+def test_the_plot_of_the_kept_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    records = json.loads(world_plot.KEPT.read_text())["records"]
+    world_plot.draw(records, tmp_path / "world.svg")
+    assert "var, float32" in (tmp_path / "world.svg").read_text()
 
 
 def test_every_rank_sends_a_share_of_n_and_of_n_minus_1() -> None:
