@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from syncbn.conformance import pool as pool_module
 from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
+from syncbn.conformance.wire import Channel
+from syncbn.launchers.handshake import Reception
 
 ROOT = Path(__file__).parents[2]
 UNRULY = "torch:tests/conformance/unruly.py:Unruly"
@@ -169,6 +172,28 @@ def test_kill_9_of_a_rank_between_cases() -> None:
         found = runner.run_case(pool, case(3)).verdict
         assert found.verdict == "crash"
         assert "rank 0 died" in str(found.message)
+        assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+
+
+def test_a_rank_that_is_stopped_at_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = RankPool._receive_ranks
+
+    def stop_one(self: RankPool, reception: Reception) -> list[Channel]:
+        channels = connected(self, reception)
+        os.kill(pids(self)[1], signal.SIGSTOP)
+        left.extend(pids(self))
+        monkeypatch.setattr(pool_module, "_START_SECONDS", 5.0)
+        return channels
+
+    left: list[int] = []
+    with RankPool(targets.parse(UNRULY), 2) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(RankPool, "_receive_ranks", stop_one)
+            found = runner.run_case(pool, case(3)).verdict
+        assert found.verdict == "error"
+        assert "rank 1 did not answer in time" in str(found.message)
+        assert not any(alive(pid) for pid in left)
+        monkeypatch.undo()
         assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
 
 
