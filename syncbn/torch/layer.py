@@ -24,7 +24,10 @@ from syncbn.torch.step import DTYPES
 
 _ModuleT = TypeVar("_ModuleT", bound=torch.nn.Module)
 
-# To torch.fx, a forward is one call of this function.
+# To torch.fx, a forward is one call of the first function. Its argument is the layer, so that the
+# mode and the settings stay live in what was traced. A layer that is traced by itself is a call of
+# the second one, with the mode and the settings that it had.
+torch.fx.wrap("_forward")
 torch.fx.wrap("sync_batch_norm")
 
 
@@ -137,6 +140,8 @@ class SyncBatchNorm(_BatchNorm):
             TypeError, ValueError, RuntimeError, PeerError: see
                 `syncbn.torch.functional.sync_batch_norm`.
         """
+        if isinstance(input, torch.fx.Proxy) and getattr(input.tracer, "root", None) is not self:
+            return _forward(self, input)
         if self.training and self.process_group is None:
             self._check_world()
         tracking = not self.training or self.track_running_stats
@@ -218,3 +223,7 @@ class SyncBatchNorm(_BatchNorm):
         state = self.__dict__ | {"process_group": portable(self.process_group)}
         state.pop("_trained_with_others", None)
         return state
+
+
+def _forward(layer: SyncBatchNorm, input: Tensor) -> Tensor:
+    return SyncBatchNorm.forward(layer, input)

@@ -79,6 +79,26 @@ class TestEval:
         traced = torch.fx.symbolic_trace(model)
         assert torch.equal(traced(OTHER), model(OTHER))
 
+    def test_fx_follows_mode_and_settings(self, layer: SyncBatchNorm) -> None:
+        """They are not those of the moment of tracing."""
+        models = [network(norm.train()) for norm in (layer, batch_norm_of(layer))]
+        traced = [torch.fx.symbolic_trace(model) for model in models]
+        for model in (*models, *traced):
+            torch.testing.assert_close(model.eval()(X), models[1].eval()(X))
+        for model in traced:
+            norm: Any = model.get_submodule("1")
+            norm.momentum = 0.5
+            model.train()(X)
+        torch.testing.assert_close(traced[0].state_dict(), traced[1].state_dict())
+
+    def test_fx_of_the_layer_itself(self, layer: SyncBatchNorm) -> None:
+        assert torch.equal(torch.fx.symbolic_trace(layer)(OTHER), layer(OTHER))
+
+    def test_fx_of_a_subclass(self) -> None:
+        traced = torch.fx.symbolic_trace(network(_Doubled(3).eval()))
+        expected = network(_Doubled(3).eval())(X)
+        assert torch.equal(traced(X), expected)
+
     def test_fuse_conv_bn_eval(self, layer: SyncBatchNorm) -> None:
         model = network(layer)
         fused = nn.utils.fuse_conv_bn_eval(model[0], layer)  # type: ignore[index]
@@ -174,6 +194,13 @@ class TestEval:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             y = layer(mode.from_tensor(X))
         assert y.shape == X.shape
+
+
+class _Doubled(SyncBatchNorm):
+    """A subclass with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
 
 
 # Layers that normalize with the statistics of the batch.
