@@ -198,7 +198,9 @@ class SyncBatchNorm(_BatchNorm):
     def _check_world(self) -> None:
         """Refuse to train alone, in silence, after steps with other ranks."""
         if has_peers():
-            self._trained_with_others = True
+            # A graph remembers it by `key_of`. Compiled with a checkpoint, it must change nothing.
+            if not torch.compiler.is_compiling():
+                self._trained_with_others = True
         elif self._trained_with_others:
             check_world()
 

@@ -100,6 +100,21 @@ def compiled(rank: int) -> None:
         torch._dynamo.reset()
 
 
+def compiled_with_a_checkpoint(rank: int) -> None:
+    """A checkpoint in a graph may change no attribute of a layer."""
+    eager = network()
+    model = copy.deepcopy(eager)
+
+    def run(x: Tensor) -> Any:
+        return checkpoint(model, x, use_reentrant=False)
+
+    y = torch.compile(run, fullgraph=True, backend="aot_eager")(shard(rank))
+    y.square().mean().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert_close([y.detach(), *gradients], train(eager, shard(rank)))
+    torch._dynamo.reset()
+
+
 def no_graph_breaks(rank: int) -> None:
     for training in (True, False):
         model = nn.Sequential(*(SyncBatchNorm(3) for _ in range(6))).train(training)
@@ -296,6 +311,7 @@ def mixed(rank: int) -> None:
 
 CHECKS = [
     compiled,
+    compiled_with_a_checkpoint,
     no_graph_breaks,
     compiled_steps_fail_together,
     compiled_data_parallel,
