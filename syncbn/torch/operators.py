@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
 
 from syncbn.contract import check_count
 from syncbn.torch import layout, step
@@ -37,7 +38,7 @@ def statistics(x: Tensor, weight: Tensor | None, *given: Any) -> tuple[Tensor, .
     if _is_plain(x):
         return step.statistics(x, weight, *given)
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        if _is_transformed():
             return _transformed_statistics(x, weight, *given)
         if x.is_meta or isinstance(x, FakeTensor):
             _, _, _, num_features, *_, problem, _, _ = given
@@ -51,7 +52,7 @@ def normalize(x: Tensor, *given: Any) -> Tensor:
     """`step.normalize` with gradients."""
     if _is_plain(x):
         return _Normalize.apply(x, *given)
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+    if _is_transformed() and not torch.compiler.is_compiling():
         return _transformed_normalize(x, *given)
     return _normalize(x, *given)
 
@@ -62,13 +63,18 @@ def _is_plain(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and not x.is_meta
-        and not torch._C._are_functorch_transforms_active()
+        and not _is_transformed()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
     )
 
 
-# torch.func: the formulas in operations that it can transform, on one rank
+# torch.func and forward-mode differentiation: the formulas in operations that they can transform,
+# on one rank
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _transformed_statistics(
@@ -86,8 +92,9 @@ def _transformed_statistics(
     *_, problem, group, _ = given
     if len(Communicator.of_key(group).ranks) > 1:
         raise RuntimeError(
-            "SyncBatchNorm in training can be transformed by torch.func on one rank only, got a "
-            "group of several: call eval(), or set its process_group to one rank"
+            "SyncBatchNorm in training can be transformed by torch.func, or differentiated in "
+            "forward mode, on one rank only, got a group of several: call eval(), or set its "
+            "process_group to one rank"
         )
     step.raise_problem(problem)
     step.check_input(x, num_features, weight)
@@ -100,7 +107,15 @@ def _transformed_statistics(
     var = (values - mean.view(per_channel)).square().sum(dims) / max(count, 1)
     if running_mean is not None and running_var is not None and count:
         running = Running(running_mean, running_var, num_batches_tracked, momentum)
-        move(running, mean, var * (count / max(count - 1, 1)))
+        unbiased = var * (count / max(count - 1, 1))
+        try:
+            move(running, mean.detach(), unbiased.detach())
+        except RuntimeError as error:
+            raise RuntimeError(
+                "SyncBatchNorm cannot move running statistics that are no part of what torch.func "
+                "transforms: build it with track_running_stats=False, or give them to "
+                "torch.func.functional_call as inputs"
+            ) from error
     return mean, (var + eps).rsqrt(), mean.new_full((), count)
 
 

@@ -22,6 +22,7 @@ from torch._functorch.aot_autograd import make_boxed_func  # type: ignore[attr-d
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.ao.quantization import fuse_modules
 from torch.ao.quantization.fuser_method_mappings import fuse_conv_bn_relu
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from syncbn.torch import SyncBatchNorm, revert_sync_batchnorm
@@ -333,6 +334,26 @@ class TestBatchStatistics:
         torch.testing.assert_close(given[0], given[1])
         assert given[0]["num_batches_tracked"] == 1
         assert layer.num_batches_tracked == 0
+
+    @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr")  # linearize does it
+    @pytest.mark.parametrize("kind", BATCH)
+    def test_forward_mode(self, kind: str) -> None:
+        """Without torch.func; the running statistics move by the values."""
+        layer = BATCH[kind]()
+        norm = batch_norm_of(layer)
+        tangents = []
+        for module in (layer, norm):
+            with forward_ad.dual_level():
+                y = module(forward_ad.make_dual(X, randn(*X.shape, seed=2)))
+                tangents.append(forward_ad.unpack_dual(y).tangent)
+        torch.testing.assert_close(tangents[0], tangents[1])
+        torch.testing.assert_close(layer.state_dict(), norm.state_dict())
+        _, linear = torch.func.linearize(layer, X)
+        torch.testing.assert_close(linear(randn(*X.shape, seed=2)), tangents[1])
+
+    def test_vmap_with_running_statistics_says_what_to_do(self) -> None:
+        with pytest.raises(RuntimeError, match="track_running_stats=False"):
+            torch.vmap(make_layer())(torch.stack([X, X]))
 
     def test_functional_transforms_check_the_input(self) -> None:
         layer = make_layer(track_running_stats=False)
