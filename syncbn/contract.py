@@ -51,19 +51,31 @@ def check_arguments(
     if num_features < 1:
         raise ValueError(f"num_features must be at least 1, got {num_features!r}")
     # Every int is Rational; a float, also one of NumPy's, is not.
-    if not _is_real(eps) or isinstance(eps, Rational):
+    if isinstance(eps, Rational):
         raise TypeError(f"eps must be a float, got {_show(eps)}")
-    if not float(eps) >= 0:
+    check_settings(eps, momentum)
+    flags = {"affine": affine, "track_running_stats": track_running_stats, "bias": bias}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {_show(flag)}")
+
+
+def check_settings(eps: Any, momentum: Any) -> None:
+    """Check what may change after the construction; eps may be an int here.
+
+    Raises:
+        TypeError: eps is not a number, or momentum is neither a number nor None.
+        ValueError: eps is negative or NaN (ERR-8), momentum is not in [0, 1] (ERR-4).
+    """
+    if not _is_real(eps):
+        raise TypeError(f"eps must be a float, got {_show(eps)}")
+    if not eps >= 0:
         raise ValueError(f"eps must be zero or positive, got {eps!r}")
     if momentum is not None:
         if not _is_real(momentum):
             raise TypeError(f"momentum must be a number or None, got {_show(momentum)}")
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {momentum!r}")
-    flags = {"affine": affine, "track_running_stats": track_running_stats, "bias": bias}
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {_show(flag)}")
 
 
 def check_dtype(dtype: Any, floating: Iterable[Any]) -> None:

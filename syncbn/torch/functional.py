@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # public, but not marked so
 
-from syncbn.contract import FLOATING
+from syncbn.contract import FLOATING, check_settings
 from syncbn.torch.evaluation import evaluate
 from syncbn.torch.groups import ALONE_KEY, ProcessGroupLike, key_of
 from syncbn.torch.operators import normalize, statistics
@@ -17,10 +17,12 @@ from syncbn.torch.step import DTYPES, check_input, dtype_name, raise_problem
 
 _NO_COUNTER = "ValueError: momentum=None (cumulative average) needs num_batches_tracked"
 
-_DISTRIBUTED = (
-    "TypeError: input must be a plain tensor in training, got DTensor: give the layer the part of "
-    "this rank, input.to_local(). It normalizes with the statistics of all ranks"
-)
+# By the names of classes, whose modules are not imported for this question.
+_REFUSED_IN_TRAINING = {
+    "DTensor": "TypeError: input must be a plain tensor in training, got DTensor: give the layer "
+    "the part of this rank, input.to_local(). It normalizes with the statistics of all ranks",
+    "NestedTensor": "TypeError: input must be a dense tensor, got a nested one",
+}
 
 
 def sync_batch_norm(
@@ -81,16 +83,18 @@ def sync_batch_norm(
         num_features = given[0].numel() if given else _channels(input)
     if running_mean is not None and running_var is not None and not training:
         if not is_tracing():  # a size is a tensor then, not a number to compare
-            raise_problem(_problem(input, vectors, num_features))
+            raise_problem(_problem(input, vectors, num_features) or _problem_of(eps, momentum))
             check_input(input, num_features, weight)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
     problem = _problem(input, vectors, num_features)
-    if _is_distributed(input):
-        problem = problem or _DISTRIBUTED
+    if wrong := _problem_of(eps, momentum):
+        problem, eps, momentum = problem or wrong, 0.0, None
+    refused = _REFUSED_IN_TRAINING.get(type(input).__name__, "")
+    problem = problem or refused
     tracks = running_mean is not None
     if tracks and momentum is None and num_batches_tracked is None:
         problem = problem or _NO_COUNTER
-    if not isinstance(input, Tensor) or _is_distributed(input):
+    if refused or not isinstance(input, Tensor):
         input = torch.empty(0, device=given[0].device if given else None)
     group = key_of(process_group) if training else ALONE_KEY
     mean, invstd, n = statistics(
@@ -114,11 +118,6 @@ def sync_batch_norm(
 def _channels(input: Any) -> int:
     """C as the input has it; 0 if it has none, which `check_input` refuses."""
     return input.shape[1] if isinstance(input, Tensor) and input.dim() > 1 else 0
-
-
-def _is_distributed(input: Any) -> bool:
-    """Whether it is a DTensor, whose module is not imported for this question."""
-    return type(input).__name__ == "DTensor"
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
@@ -153,4 +152,13 @@ def _problem(input: Any, vectors: Mapping[str, Tensor | None], num_features: int
                 f"ValueError: {name} must be on the device of {first[0]}, {first[1].device}, got "
                 f"{vector.device}"
             )
+    return ""
+
+
+def _problem_of(eps: Any, momentum: Any) -> str:
+    """The same of the settings, which may have been set after the construction of a layer."""
+    try:
+        check_settings(eps, momentum)
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
     return ""

@@ -80,6 +80,10 @@ def statistics(
         try:
             raise_problem(problem)
             check_input(x, num_features, weight)
+            if differentiates:
+                _check_may_be_saved(x, weight)
+            if running:
+                _check_may_move(running)
             chosen = backends.chosen_for(backend, x)
             operations = backends.module_of(chosen)
             count = x.numel() // num_features
@@ -260,12 +264,41 @@ def check_input(x: Tensor, num_features: int, weight: Tensor | None) -> None:
     x must be of shape (N, C, +) with C = num_features, on the device of the parameters and of their
     dtype, or of float16 or bfloat16 with float32 parameters.
     """
+    if x.is_nested or x.layout not in (torch.strided, torch._mkldnn):  # type: ignore[attr-defined]
+        kind = "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"input must be a dense tensor, got a {kind} one")
     check_shape(x.shape, num_features)
     check_input_dtype(dtype_name(x.dtype), None if weight is None else dtype_name(weight.dtype))
     if weight is not None and x.device != weight.device:
         raise ValueError(
             f"input must be on the device of the parameters, {weight.device}, got {x.device}"
         )
+
+
+def _check_may_be_saved(x: Tensor, weight: Tensor | None) -> None:
+    """Refuse what autograd refuses only after the step, when the others rely on this rank."""
+    for name, tensor in (("input", x), ("weight", weight)):
+        if tensor is not None and tensor.is_inference():
+            raise RuntimeError(
+                f"{name} must not be an inference tensor where gradients are wanted: make it "
+                "outside torch.inference_mode(), or clone it there"
+            )
+
+
+def _check_may_move(running: Running) -> None:
+    """Refuse buffers that cannot be changed in place, which else only this rank would notice."""
+    steps = running.steps
+    if steps is not None and (steps.shape != () or steps.dtype != torch.int64):
+        shown = f"{dtype_name(steps.dtype)} of shape {tuple(steps.shape)}"
+        raise TypeError(f"num_batches_tracked must be an int64 scalar, got {shown}")
+    for name, buffer in (("mean", running.mean), ("var", running.var)):
+        if 0 in buffer.stride() and buffer.numel() > 1:
+            raise ValueError(f"running_{name} must have memory of its own, got an expanded tensor")
+        if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"running_{name} must not be an inference tensor: build or load the layer outside "
+                "torch.inference_mode()"
+            )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

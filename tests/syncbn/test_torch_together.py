@@ -56,6 +56,11 @@ def _broken(rank: int, name: str) -> Any:
     return mock.patch.object(composed, name, side_effect=torch.OutOfMemoryError("planted"))
 
 
+def _inference(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
 def wrong_input(rank: int) -> None:
     good = randn(4, 3)
     for x, error, text in (
@@ -63,6 +68,13 @@ def wrong_input(rank: int) -> None:
         (randn(3), ValueError, "at least 2 dimensions"),
         (randn(4, 3).double(), TypeError, "dtype of the parameters"),
         (torch.ones(4, 3, dtype=torch.int64), TypeError, "got int64"),
+        (torch.eye(3).to_sparse(), TypeError, "dense tensor, got a torch.sparse_coo one"),
+        (
+            torch.nested.nested_tensor([good], layout=torch.jagged),
+            TypeError,
+            "dense tensor, got a nested one",
+        ),
+        (_inference(good), RuntimeError, "must not be an inference tensor"),
         (None, TypeError, "must be a torch.Tensor, got NoneType"),
         ([[1.0, 2.0, 3.0]], TypeError, "must be a torch.Tensor, got list"),
     ):
@@ -81,7 +93,14 @@ def wrong_vectors(rank: int) -> None:
         ("running_mean", torch.zeros(3, dtype=torch.int64), TypeError, "running_mean must"),
         ("running_mean", torch.zeros(3, device="meta"), ValueError, "must be on the device"),
         ("bias", torch.nn.Parameter(torch.zeros(4)), ValueError, "bias must have shape"),
+        ("running_mean", torch.zeros(1).expand(3), ValueError, "memory of its own"),
+        ("running_var", _inference(torch.ones(3)), RuntimeError, "inference tensor"),
         ("num_batches_tracked", None, ValueError, "needs num_batches_tracked"),
+        ("num_batches_tracked", torch.tensor(True), TypeError, "int64 scalar, got bool"),
+        ("eps", "small", TypeError, "eps must be a float, got 'small' of type str"),
+        ("eps", -1.0, ValueError, "eps must be zero or positive, got -1.0"),
+        ("momentum", "small", TypeError, "momentum must be a number or None, got 'small'"),
+        ("momentum", 2, ValueError, r"momentum must be in \[0, 1\], got 2"),
         ("backend", "aten", RuntimeError, "has kernels for cuda and npu"),
         ("backend", "nothing", ValueError, "backend must be one of"),
     ):
