@@ -1,4 +1,4 @@
-"""Eval with running statistics: PyTorch's own batch normalization.
+"""Eval with running statistics, or as a part of a graph: PyTorch's own batch normalization.
 
 No operator and no autograd class of this package takes part, so every tool that traces, exports,
 fuses, vectorizes or differentiates a BatchNorm does it with the layer.
@@ -19,24 +19,31 @@ _MOST_DIMENSIONS = 5
 
 def evaluate(
     x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """(x - running_mean) / sqrt(running_var + eps) * weight + bias, in the memory order of x."""
+    """(x - running_mean) / sqrt(running_var + eps) * weight + bias, in the memory order of x.
+
+    Without running statistics, mean and variance are those of x.
+    """
     dtype = x.dtype
+    of_batch = running_mean is None
     if dtype in (torch.float16, torch.bfloat16):
         # With vectors of the same half type, some kernels compute in it.
-        running_mean, running_var = running_mean.float(), running_var.float()
-        weight, bias = (None if v is None else v.float() for v in (weight, bias))
+        running_mean, running_var, weight, bias = (
+            None if v is None else v.float() for v in (running_mean, running_var, weight, bias)
+        )
         if x.is_cuda and torch.is_grad_enabled() and weight is not None and weight.requires_grad:
             # CUDA's kernel rounds partial sums of the gradients of weight and bias to x's type.
             x = x.float()
     if torch.is_grad_enabled() and not is_tracing():
         # A training step may move the buffers before the backward.
-        running_mean, running_var = running_mean.clone(), running_var.clone()
+        running_mean, running_var = (
+            None if v is None else v.clone() for v in (running_mean, running_var)
+        )
 
     def normalize(values: Tensor) -> Tensor:
         # Not torch.nn.functional.batch_norm, which refuses an eps of 0 in some versions.
@@ -46,7 +53,7 @@ def evaluate(
             bias,
             running_mean,
             running_var,
-            False,
+            of_batch,
             0.0,
             eps,
             torch.backends.cudnn.enabled,

@@ -17,6 +17,11 @@ from syncbn.torch.step import DTYPES, check_input, dtype_name, raise_problem
 
 _NO_COUNTER = "ValueError: momentum=None (cumulative average) needs num_batches_tracked"
 
+_TRACED = (
+    "SyncBatchNorm in training cannot be traced by torch.jit: call eval() first, or use "
+    "torch.export, which takes a training step"
+)
+
 # By the names of classes, whose modules are not imported for this question.
 _REFUSED_IN_TRAINING = {
     "DTensor": "TypeError: input must be a plain tensor in training, got DTensor: give the layer "
@@ -81,11 +86,14 @@ def sync_batch_norm(
     given = [vector for vector in vectors.values() if vector is not None]
     if num_features is None:
         num_features = given[0].numel() if given else _channels(input)
-    if running_mean is not None and running_var is not None and not training:
+    tracked = running_mean is not None and running_var is not None
+    if not training and (tracked or is_tracing() or torch.compiler.is_exporting()):
         if not is_tracing():  # a size is a tensor then, not a number to compare
             raise_problem(_problem(input, vectors, num_features) or _problem_of(eps, momentum))
             check_input(input, num_features, weight)
         return evaluate(input, running_mean, running_var, weight, bias, eps)
+    if is_tracing():
+        raise RuntimeError(_TRACED)
     problem = _problem(input, vectors, num_features)
     if wrong := _problem_of(eps, momentum):
         problem, eps, momentum = problem or wrong, 0.0, None

@@ -355,6 +355,21 @@ class TestBatchStatistics:
         with pytest.raises(RuntimeError, match="track_running_stats=False"):
             torch.vmap(make_layer())(torch.stack([X, X]))
 
+    def test_jit_trace_is_refused_in_words(self) -> None:
+        with pytest.raises(RuntimeError, match=r"torch\.jit: call eval\(\) first"):
+            torch.jit.trace(make_layer(), X)
+
+    def test_jit_trace_without_running_statistics(self) -> None:
+        layer = BATCH["untracked eval"]()
+        torch.testing.assert_close(torch.jit.trace(layer, X)(OTHER), layer(OTHER))
+
+    def test_export_without_running_statistics(self) -> None:
+        """It has no operator of this package, which other tools would not find."""
+        layer = BATCH["untracked eval"]()
+        exported = torch.export.export(layer, (X,))
+        torch.testing.assert_close(exported.module()(X), layer(X))
+        assert "syncbn" not in str(exported.graph)
+
     def test_functional_transforms_check_the_input(self) -> None:
         layer = make_layer(track_running_stats=False)
         with pytest.raises(ValueError, match="num_features=3"):
