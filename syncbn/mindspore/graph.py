@@ -12,9 +12,10 @@ from mindspore import Parameter, Tensor, nn, ops
 
 _order = Parameter(Tensor(np.zeros(1, np.float32)), name="syncbn.order", requires_grad=False)
 
-# The numbers of all layers that are a part of a graph, and of an exported graph.
+# The numbers of all layers that are a part of a graph, and those of an exported graph with whether
+# it trains.
 _compiled_layers: set[int] = set()
-_exported_layers: set[int] = set()
+_exported_layers: set[tuple[int, bool]] = set()
 
 
 def compiling() -> bool:
@@ -38,17 +39,17 @@ def was_compiled(layer: int) -> bool:
 
 
 @ops.constexpr
-def note_exported(layer: int, compile_phase: str | None) -> bool:
+def note_exported(layer: int, compile_phase: str | None, training: bool) -> bool:
     """Whether a graph is compiled to be exported. The layer is then remembered."""
     exported = bool(compile_phase and compile_phase.startswith("export."))
     if exported:
-        _exported_layers.add(layer)
+        _exported_layers.add((layer, training))
     return exported
 
 
-def was_exported(layer: int) -> bool:
-    """Whether the layer of this number is a part of an exported graph."""
-    return layer in _exported_layers
+def was_exported(layer: int, training: bool) -> bool:
+    """Whether the layer of this number is a part of an exported graph that trains, or does not."""
+    return (layer, training) in _exported_layers
 
 
 def may_sync_host() -> bool:

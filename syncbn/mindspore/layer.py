@@ -26,7 +26,7 @@ from syncbn.mindspore.graph import (
 from syncbn.mindspore.groups import ALONE, Group, communication_began, resolve
 from syncbn.mindspore.layout import LeadingOnes, count_of, per_channel
 from syncbn.mindspore.normalize import Normalize, NormalizeByConstants
-from syncbn.mindspore.settings import Settings, Values
+from syncbn.mindspore.settings import Numbers, Settings, Values
 from syncbn.mindspore.step import (
     DTYPES,
     BatchStatistics,
@@ -71,13 +71,14 @@ class SyncBatchNorm(nn.Cell):
 
     `eps`, `momentum`, `track_running_stats`, `process_group` and `backend` may be set at any time
     and hold from the next step on. The last two cannot be set once the layer has been compiled into
-    a graph, nor can eps once it has been exported: that raises RuntimeError.
+    a graph, nor can eps once it has been exported, nor momentum and track_running_stats once it has
+    been exported in training: that raises RuntimeError.
 
     In training it has a second derivative in PyNative mode, and none in a graph. In eval it has
     every derivative. A derivative that it does not have raises RuntimeError.
 
     With mixed precision (`to_float`, every amp level) it takes what input it is given and keeps its
-    own precision. In eval it can be exported to ONNX and MindIR.
+    own precision. In eval it can be exported to ONNX and MindIR, in training to MindIR on one rank.
 
     With recomputation (`recompute`) it moves its statistics as MindSpore's own BatchNorm does: in
     PyNative twice, because the forward runs twice; in a graph once, because MindSpore then
@@ -168,7 +169,7 @@ class SyncBatchNorm(nn.Cell):
         problem = problem_of(x, self.num_features, self.weight)
         raise_problem(problem)
         mean, _, invstd, n = self._step.own_statistics(
-            x, self.weight, self.bias, self._settings.eps, problem, None
+            x, self.weight, self.bias, self._numbers().eps, problem, None
         )
         return self._step.normalize_by_own(x, self.weight, self.bias, mean, invstd, n)
 
@@ -200,17 +201,16 @@ class SyncBatchNorm(nn.Cell):
 
     @eps.setter
     def eps(self, eps: float) -> None:
-        if was_exported(self._settings.layer):
-            raise RuntimeError(
-                "eps cannot be set: the layer has been exported, and MindSpore would export the "
-                "same graph again. Build a new layer with the new eps and load the parameters of "
-                "this one"
-            )
+        self._refuse_if_exported("eps", training=False)
         self._set(eps=eps)
 
     @property
     def momentum(self) -> float | None:
-        """Weight of the newest batch, or None. A new value holds from the next step on."""
+        """Weight of the newest batch, or None. A new value holds from the next step on.
+
+        Raises:
+            RuntimeError: the layer has been exported in training.
+        """
         return self._settings.values.momentum
 
     @momentum.setter
@@ -222,6 +222,9 @@ class SyncBatchNorm(nn.Cell):
         """Whether training moves the running statistics. A new value holds from the next step on.
 
         Eval uses running statistics that exist, whether or not training still moves them.
+
+        Raises:
+            RuntimeError: the layer has been exported in training.
         """
         return self._settings.values.track_running_stats
 
@@ -270,7 +273,17 @@ class SyncBatchNorm(nn.Cell):
                 "the parameters of this one"
             )
 
+    def _refuse_if_exported(self, name: str, training: bool) -> None:
+        if was_exported(self._settings.layer, training):
+            raise RuntimeError(
+                f"{name} cannot be set: the layer has been exported, and MindSpore would export "
+                f"the same graph again. Build a new layer with the new {name} and load the "
+                "parameters of this one"
+            )
+
     def _set(self, **changed: Any) -> None:
+        for name in changed:
+            self._refuse_if_exported(name, training=True)
         values = self._settings.values._replace(**changed)
         check_arguments(self.num_features, *values[:2], self.affine, values.track_running_stats)
         momentum = None if values.momentum is None else float(values.momentum)
@@ -319,7 +332,7 @@ class SyncBatchNorm(nn.Cell):
         elif may_sync_host():
             agreed = self._agreed_words()
         mean, var, invstd, n = self._step.group_statistics(
-            x, weight, bias, self._settings.eps, problem, agreed
+            x, weight, bias, self._numbers().eps, problem, agreed
         )
         if problem is not None:
             return ops.depend(x, mean)  # unreachable; the graph compiler needs a return value
@@ -329,6 +342,13 @@ class SyncBatchNorm(nn.Cell):
         if self.running_mean is not None:
             self._update_running(mean, var, n)
         return self._step.normalize_by_group(x, weight, bias, mean, invstd, n)
+
+    def _numbers(self) -> Numbers:
+        """The settings as a step takes them; in a graph that is exported, as constants."""
+        if compiling():  # noqa: SIM102  # the compiler evaluates the outer condition only
+            if note_exported(self._settings.layer, self.compile_phase, self.training):
+                return self._settings.constant
+        return self._settings.live
 
     def _agreed_settings(self) -> protocol.Settings:
         """What the layers of all ranks must have in common."""
@@ -347,13 +367,13 @@ class SyncBatchNorm(nn.Cell):
 
     def _agreed_words(self) -> Tensor:
         """The same in a graph, as words of the header; momentum None is -1."""
-        settings = self._settings
+        numbers = self._numbers()
         vector = self.running_mean if self.weight is None else self.weight
         dtype = None if vector is None else vector.dtype
         affine = self.weight is not None
         words = fixed_words(self.num_features, dtype, affine, self._backend_name)
-        momentum = settings.tracks * (settings.taken - settings.cumulative + 1) - 1
-        live = ops.stack([settings.eps, momentum, settings.tracks])
+        momentum = numbers.tracks * (numbers.taken - numbers.cumulative + 1) - 1
+        live = ops.stack([numbers.eps, momentum, numbers.tracks])
         fixed = Tensor(words, statistics_dtype())
         # In the order of protocol.Settings.
         return ops.cat([fixed[:1], live[:2], fixed[3:5], live[2:], fixed[6:]])
@@ -364,13 +384,9 @@ class SyncBatchNorm(nn.Cell):
             return ops.zeros(x.shape, x.dtype)
         # A copy: a training step may move the parameter before the backward of this one.
         mean = per_channel(self.running_mean.copy(), x.ndim)
-        eps = self._settings.eps
-        if compiling():  # noqa: SIM102  # the compiler evaluates the outer condition only
-            if note_exported(self._settings.layer, self.compile_phase):
-                eps = self._settings.exported_eps
         # No reciprocal: MindSpore cannot export one to ONNX.
         var = self.running_var.astype(statistics_dtype())
-        std = per_channel(ops.sqrt(var + eps), x.ndim)
+        std = per_channel(ops.sqrt(var + self._numbers().eps), x.ndim)
         weight = (
             ops.ones_like(std)
             if self.weight is None
@@ -383,12 +399,12 @@ class SyncBatchNorm(nn.Cell):
 
     def _update_running(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
         """Move the running statistics, unless the whole group was empty or they are not tracked."""
-        settings = self._settings
-        moves = n * settings.tracks > 0
+        numbers = self._numbers()
+        moves = n * numbers.tracks > 0
         count = self.num_batches_tracked + moves.astype(ms.int64)
         ops.assign(self.num_batches_tracked, count)
-        share = settings.cumulative / ops.maximum(count, 1).astype(statistics_dtype())
-        kept, taken = settings.kept - share, settings.taken + share
+        share = numbers.cumulative / ops.maximum(count, 1).astype(statistics_dtype())
+        kept, taken = numbers.kept - share, numbers.taken + share
         unbiased = var * (n / ops.maximum(n - 1, 1.0))
         self._move(self.running_mean, kept, mean * taken, moves)
         self._move(self.running_var, kept, unbiased * taken, moves)

@@ -22,49 +22,62 @@ class Values(NamedTuple):
 
 
 @ms.jit_class
-class Settings:
-    """The settings of one layer, as numbers that a compiled graph reads in every step.
-
-    A graph keeps the value that a Python attribute had when it was compiled, but it reads a
-    Parameter whenever it runs. These Parameters belong to no cell, so they are in no checkpoint.
+class Numbers:
+    """The settings of one layer as scalar tensors.
 
     A training step moves a running statistic to `(kept - share) * old + (taken + share) * batch`,
     where `share = cumulative / num_batches_tracked`.
 
     Attributes:
-        layer: a number that no other layer of this process has.
-        values: the settings as the user gave them.
         eps: what is added to the variance.
-        exported_eps: the same as a constant, because MindIR has no Parameter that is in no cell.
         kept: 1 - momentum, or 1 if momentum is None.
         taken: momentum, or 0 if momentum is None.
         cumulative: 1 if momentum is None, else 0.
         tracks: 1 if a training step moves the running statistics, else 0.
     """
 
-    eps: Parameter
-    exported_eps: Tensor
-    kept: Parameter
-    taken: Parameter
-    cumulative: Parameter
-    tracks: Parameter
+    eps: Tensor
+    kept: Tensor
+    taken: Tensor
+    cumulative: Tensor
+    tracks: Tensor
+
+    def __init__(self, values: Values) -> None:
+        for name, value in _numbers(values).items():
+            setattr(self, name, number(value))
+
+
+@ms.jit_class
+class Settings:
+    """The settings of one layer.
+
+    A graph keeps the value that a Python attribute had when it was compiled, but it reads a
+    Parameter whenever it runs. These Parameters belong to no cell, so they are in no checkpoint,
+    and MindIR refuses them. So an exported graph has constants.
+
+    Attributes:
+        layer: a number that no other layer of this process has.
+        values: as the user gave them.
+        live: Parameters, which a compiled graph reads in every step.
+        constant: plain tensors.
+    """
 
     def __init__(self, values: Values) -> None:
         self.layer = next(_layer_numbers)
         self.values = values
-        self.exported_eps = number(values.eps)
-        for name, value in _numbers(values).items():
+        self.live, self.constant = Numbers(values), Numbers(values)
+        for name, tensor in vars(self.constant).items():
             # The names of all parameters in a graph must differ.
             full_name = f"syncbn.{self.layer}.{name}"
-            setattr(self, name, Parameter(number(value), name=full_name, requires_grad=False))
+            setattr(self.live, name, Parameter(tensor, name=full_name, requires_grad=False))
 
     def set(self, values: Values) -> None:
         """Take other settings from the next step on."""
         self.values = values
-        self.exported_eps = number(values.eps)
-        for name, value in _numbers(values).items():
+        self.constant = Numbers(values)
+        for name, tensor in vars(self.constant).items():
             # In place: a function under ms.jit would not see the new tensor of `set_data`.
-            ops.assign(getattr(self, name), number(value))
+            ops.assign(getattr(self.live, name), tensor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         """The same settings for another layer."""

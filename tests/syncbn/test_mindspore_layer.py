@@ -911,6 +911,23 @@ class TestWithMindSpore:
         with pytest.raises(RuntimeError, match=r"eps cannot be set: .* exported, .* new layer"):
             network.norm.eps = 1.0
 
+    @pytest.mark.parametrize("momentum", [0.3, None])
+    def test_mindir_in_training(self, momentum: float | None, tmp_path: Path) -> None:
+        network, x = DenseAndNorm().set_train(), randn(5, 3)
+        network.norm.momentum = momentum
+        file = str(tmp_path / "network.mindir")
+        ms.export(network, x, file_name=file, file_format="MINDIR")
+        loaded = nn.GraphCell(ms.load(file))
+        expected = forward(network, x, "graph")
+        assert np.allclose(forward(loaded, x, "graph").asnumpy(), expected.asnumpy(), atol=1e-6)
+        moved = {parameter.name: parameter.asnumpy() for parameter in loaded.get_parameters()}
+        for parameter in network.get_parameters():
+            assert np.allclose(moved[parameter.name], parameter.asnumpy(), atol=1e-6)
+        with pytest.raises(
+            RuntimeError, match=r"momentum cannot be set: .* exported, .* new layer"
+        ):
+            network.norm.momentum = 0.5
+
 
 class DenseAndNorm(nn.Cell):
     """A cell of a user, whose source amp level O1 rewrites."""
