@@ -24,7 +24,7 @@ from syncbn.mindspore.graph import (
     was_exported,
 )
 from syncbn.mindspore.groups import ALONE, Group, communication_began, resolve
-from syncbn.mindspore.layout import LeadingOnes, count_of, per_channel
+from syncbn.mindspore.layout import LeadingOnes, is_empty, per_channel
 from syncbn.mindspore.normalize import Normalize, NormalizeByConstants
 from syncbn.mindspore.settings import Numbers, Settings, Values
 from syncbn.mindspore.step import (
@@ -84,7 +84,8 @@ class SyncBatchNorm(nn.Cell):
     PyNative twice, because the forward runs twice; in a graph once, because MindSpore then
     recomputes single operations.
 
-    It runs in PyNative mode, and under ms.jit or in graph mode for shapes that the compiler knows.
+    It runs in PyNative mode, and under ms.jit or in graph mode. There the compiler must know the
+    shapes, except in eval with running statistics.
     In a graph, and on Ascend, all ranks raise an error only with SYNCBN_DEBUG=1, and only then are
     their layers compared. The rank at fault always raises. A graph cannot compare layers with more
     than 512 channels on one rank and other channels on another.
@@ -380,7 +381,7 @@ class SyncBatchNorm(nn.Cell):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         raise_problem(problem_of(x, self.num_features, self.weight))
-        if count_of(x.shape) == 0:
+        if is_empty(x.shape):
             return ops.zeros(x.shape, x.dtype)
         # A copy: a training step may move the parameter before the backward of this one.
         mean = per_channel(self.running_mean.copy(), x.ndim)

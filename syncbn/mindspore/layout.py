@@ -14,8 +14,23 @@ _BLOCK = 64  # values that are added one after the other
 
 @ops.constexpr
 def count_of(shape: tuple[int, ...]) -> int:
-    """How many values each channel of an input of shape (N, C, *S) has."""
+    """How many values each channel of an input of shape (N, C, *S) has.
+
+    Raises:
+        ValueError: in a graph with a dimension that its compiler does not know.
+    """
+    if None in shape:
+        raise ValueError(
+            "SyncBatchNorm needs the statistics of its input, whose shape must be known when a "
+            f"graph is compiled, got {shape}: call it without dynamic shapes, or in PyNative mode"
+        )
     return shape[0] * math.prod(shape[2:])
+
+
+@ops.constexpr
+def is_empty(shape: tuple[int | None, ...]) -> bool:
+    """Whether an input of that shape has no value; None is a dimension that a graph finds later."""
+    return 0 in shape
 
 
 @ops.constexpr

@@ -929,6 +929,23 @@ class TestWithMindSpore:
             network.norm.momentum = 0.5
 
 
+class TestDynamicShapes:
+    def test_eval(self) -> None:
+        layer = make_layer().set_train(False)
+        network = nn.SequentialCell(layer, nn.ReLU())
+        network.set_inputs(Tensor(shape=[None, 3, None], dtype=ms.float32))
+        for shape in ((4, 3, 2), (5, 3, 6)):
+            x = randn(*shape)
+            expected = np.maximum(forward(layer, x, "pynative").asnumpy(), 0)
+            assert np.allclose(forward(network, x, "graph").asnumpy(), expected, atol=1e-6)
+
+    def test_training_is_refused(self) -> None:
+        network = nn.SequentialCell(make_layer(), nn.ReLU()).set_train()
+        network.set_inputs(Tensor(shape=[None, 3], dtype=ms.float32))
+        with pytest.raises(ValueError, match=r"must be known .* got \(None, 3\)"):
+            forward(network, randn(4, 3), "graph")
+
+
 class DenseAndNorm(nn.Cell):
     """A cell of a user, whose source amp level O1 rewrites."""
 
