@@ -82,16 +82,16 @@ def check_fits(found: Mapping[str, Any], expected: Mapping[str, Any], network: s
     """Raise ValueError unless two checkpoints have the same names, with values of equal shapes.
 
     Args:
-        found: what is to be loaded; every value has a shape.
+        found: what is to be loaded: arrays, tensors or numbers.
         expected: what the network has.
         network: how the error calls the network.
     """
     missing = [key for key in expected if key not in found]
     unused = [key for key in found if key not in expected]
     shapes = [
-        f"{key}: {tuple(found[key].shape)}, not {tuple(expected[key].shape)}"
+        f"{key}: {_shape(found[key])}, not {_shape(expected[key])}"
         for key in expected
-        if key in found and tuple(found[key].shape) != tuple(expected[key].shape)
+        if key in found and _shape(found[key]) != _shape(expected[key])
     ]
     problems = {
         "not in the checkpoint": missing,
@@ -101,3 +101,7 @@ def check_fits(found: Mapping[str, Any], expected: Mapping[str, Any], network: s
     if any(problems.values()):
         listed = "; ".join(f"{what}: {keys}" for what, keys in problems.items() if keys)
         raise ValueError(f"checkpoint must fit the {network}, got {listed}")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))  # a number has none

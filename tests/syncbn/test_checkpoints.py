@@ -127,6 +127,22 @@ def test_a_checkpoint_that_does_not_fit_is_refused(moved: dict[str, Any]) -> Non
         assert differing(arrays(network), before) == []
 
 
+def test_a_count_may_be_a_number(moved: dict[str, Any]) -> None:
+    """The frameworks make a tensor of it."""
+    import syncbn.mindspore
+    import syncbn.torch
+
+    state = syncbn.mindspore.arrays_of(moved["classic"])
+    state = from_mindspore_nn(state, num_batches_tracked=7)
+    for load, network in (
+        (syncbn.torch.load_arrays, moved["back"]),
+        (syncbn.mindspore.load_arrays, moved["again"]),
+    ):
+        load(network, state)
+        assert arrays(network)["1.num_batches_tracked"] == 7
+        load(network, state | {"1.num_batches_tracked": np.array(3)})
+
+
 def test_bfloat16_travels_as_float32() -> None:
     import syncbn.torch
 
