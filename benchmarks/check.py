@@ -20,21 +20,25 @@ _ALLOWED = 1.1
 
 
 def slower(kept: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for every case and layout that became slower."""
-    before = {_key(case): case for case in kept["cases"]}
+    """One line for every case, layout and backend that became slower."""
+    before, after = _quartiles(kept), _quartiles(new)
     lines = []
-    for case in new["cases"]:
-        key = _key(case)
-        for layout in LAYOUTS if key in before else ():
-            was, now = (c[layout]["ratio"]["quartiles"] for c in (before[key], case))
-            if now[0] > _ALLOWED * was[1]:
-                quartiles = [f"{low:.2f} to {high:.2f}" for low, high in (now, was)]
-                lines.append(f"{key} {layout}: {quartiles[0]}, was {quartiles[1]}")
+    for key in [key for key in after if key in before]:
+        was, now = before[key], after[key]
+        if now[0] > _ALLOWED * was[1]:
+            shape, *others = key
+            quartiles = [f"{low:.2f} to {high:.2f}" for low, high in (now, was)]
+            lines.append(f"{shape} {', '.join(others)}: {quartiles[0]}, was {quartiles[1]}")
     return lines
 
 
-def _key(case: dict[str, Any]) -> tuple[Any, ...]:
-    return (*case["shape"], case["dtype"], case["memory"])
+def _quartiles(times: dict[str, Any]) -> dict[tuple[Any, ...], list[float]]:
+    return {
+        (tuple(case["shape"]), case["dtype"], case["memory"], layout, backend): ratio["quartiles"]
+        for case in times["cases"]
+        for layout in LAYOUTS
+        for backend, ratio in case[layout]["ratio"].items()
+    }
 
 
 def main() -> int:

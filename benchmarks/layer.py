@@ -2,17 +2,21 @@
 
 Every rank is a process of one thread, joined to the others by Gloo, with a shard of its own.
 Timed is forward plus backward, for the gradients of input, weight and bias, of
-syncbn.torch.SyncBatchNorm over all ranks and of torch.nn.BatchNorm2d, which does not synchronize,
-on the same shard in the same process. After a warm-up they take turns, each after a barrier, so
-that all ranks do the same at a time and load their cores equally. The ratio of a pair is
-SyncBatchNorm's time over BatchNorm2d's; medians and quartiles are taken over the pairs of all
-ranks. The two collectives of a step are timed alone in the same way, on messages of their size.
+syncbn.torch.SyncBatchNorm over all ranks, with each of its backends for CPU, and of
+torch.nn.BatchNorm2d, which does not synchronize, on the same shard in the same process. After a
+warm-up they take turns, each after a barrier, so that all ranks do the same at a time and load
+their cores equally. The ratio of a turn is SyncBatchNorm's time over BatchNorm2d's; medians and
+quartiles are taken over the turns of all ranks. The two collectives of a step are timed alone in
+the same way, on messages of their size.
 
 Everything is timed twice. As the C library does by default, it returns some freed memory to the
 system, and whichever layer takes it again pays for its pages, by the chance of the heap. The other
 time it keeps the memory, and the ratio is that of the work alone.
 
+The backend `inductor` compiles its loops during the warm-up. It needs a C++ compiler.
+
     python -m benchmarks.layer
+    python -m benchmarks.layer --backends composed
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -50,6 +55,7 @@ HALVES = ("bfloat16", "float16")
 CASES = [(shape, "float32") for shape in [*SHAPES, TINY]]
 CASES += [(shape, half) for shape in [*SHAPES[1:3], TINY] for half in HALVES]
 QUICK_CASES = [(shape, "float32") for shape in QUICK_SHAPES]
+BACKENDS = ("composed", "inductor")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # What the C library does with freed memory, by the variables that make it do so (glibc only).
 MEMORY = {
@@ -74,8 +80,10 @@ def take_turns(actions: dict[str, Callable[[], Any]], repeat: int) -> Samples:
     return {name: times[WARM_UP:] for name, times in samples.items()}
 
 
-def time_steps(shape: Shape, dtype: str, layout: str, repeat: int) -> Samples:
-    """Forward plus backward of both layers on one random shard; the parameters are float32."""
+def time_steps(
+    shape: Shape, dtype: str, layout: str, repeat: int, backends: Sequence[str]
+) -> Samples:
+    """Forward plus backward of the layers on one random shard; the parameters are float32."""
     x, dy = (
         torch.randn(shape).to(getattr(torch, dtype)).to(memory_format=LAYOUTS[layout])
         for _ in range(2)
@@ -85,8 +93,11 @@ def time_steps(shape: Shape, dtype: str, layout: str, repeat: int) -> Samples:
     def step(layer: nn.Module) -> None:
         torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
 
-    sync, plain = SyncBatchNorm(shape[1]), nn.BatchNorm2d(shape[1])
-    return take_turns({"sync": lambda: step(sync), "plain": lambda: step(plain)}, repeat)
+    layers: dict[str, nn.Module] = {
+        name: SyncBatchNorm(shape[1], backend=name) for name in backends
+    }
+    layers["plain"] = nn.BatchNorm2d(shape[1])
+    return take_turns({name: partial(step, layer) for name, layer in layers.items()}, repeat)
 
 
 def time_collectives(channels: int, repeat: int) -> Samples:
@@ -107,14 +118,19 @@ def time_collectives(channels: int, repeat: int) -> Samples:
 
 
 def run_rank(
-    rank: int, ranks: int, cases: list[tuple[Shape, str]], repeat: int, folder: Path
+    rank: int,
+    ranks: int,
+    cases: list[tuple[Shape, str]],
+    repeat: int,
+    backends: Sequence[str],
+    folder: Path,
 ) -> None:
     """One rank, a process of its own; it leaves the samples of every case in the folder."""
     torch.set_num_threads(1)
     meeting_point = (folder / "ranks").as_uri()
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=ranks)
     samples = [
-        {layout: time_steps(shape, dtype, layout, repeat) for layout in LAYOUTS}
+        {layout: time_steps(shape, dtype, layout, repeat, backends) for layout in LAYOUTS}
         | {"collectives": time_collectives(shape[1], repeat)}
         for shape, dtype in cases
     ]
@@ -123,12 +139,16 @@ def run_rank(
 
 
 def measure(
-    ranks: int, cases: list[tuple[Shape, str]], repeat: int, memory: str
+    ranks: int,
+    cases: list[tuple[Shape, str]],
+    repeat: int,
+    backends: Sequence[str],
+    memory: str,
 ) -> list[dict[str, Any]]:
     """Start the ranks; one record per case, as it stands in the JSON file."""
     with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, MEMORY[memory]):
         folder = Path(name)
-        spawn(run_rank, (ranks, cases, repeat, folder), nprocs=ranks)
+        spawn(run_rank, (ranks, cases, repeat, backends, folder), nprocs=ranks)
         by_rank = [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
     return [
         {"shape": shape, "dtype": dtype, "memory": memory}
@@ -138,17 +158,21 @@ def measure(
 
 
 def summary(of_ranks: list[Samples]) -> dict[str, Any]:
-    """Medians in ms over the samples of all ranks; of a pair of layers, also of its ratio."""
+    """Medians in ms over the samples of all ranks; of layers, also their ratios to `plain`."""
     pooled = {
         name: torch.cat([torch.tensor(samples[name]) for samples in of_ranks])
         for name in of_ranks[0]
     }
     result: dict[str, Any] = {f"{name}_ms": v.quantile(0.5).item() for name, v in pooled.items()}
-    if "sync" in pooled:
-        ratios = pooled["sync"] / pooled["plain"]
-        low, median, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-        result["ratio"] = {"median": median, "quartiles": [low, high]}
+    if "plain" in pooled:
+        plain = pooled.pop("plain")
+        result["ratio"] = {name: quartiles(times / plain) for name, times in pooled.items()}
     return result
+
+
+def quartiles(values: torch.Tensor) -> dict[str, Any]:
+    low, median, high = values.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return {"median": median, "quartiles": [low, high]}
 
 
 def environment() -> dict[str, Any]:
@@ -190,26 +214,28 @@ def commit() -> str | None:
 
 
 def print_table(cases: list[dict[str, Any]]) -> None:
-    """One line per case."""
+    """One line per case and backend."""
     print("forward + backward, median ms: SyncBatchNorm / BatchNorm2d, their ratio (quartiles)")
     print(
-        f"{'shape':<20}{'dtype':<10}{'memory':<10}{'contiguous':<36}{'channels_last':<36}"
-        "all_gather  all_reduce"
+        f"{'shape':<20}{'dtype':<10}{'memory':<10}{'backend':<10}{'contiguous':<36}"
+        f"{'channels_last':<36}all_gather  all_reduce"
     )
     for case in cases:
-        layers = "".join(f"{show(case[layout]):<36}" for layout in LAYOUTS)
         alone = case["collectives"]
-        print(
-            f"{case['shape']!s:<20}{case['dtype']:<10}{case['memory']:<10}{layers}"
-            f"{alone['all_gather_ms']:10.3f}  {alone['all_reduce_ms']:10.3f}"
-        )
+        for backend in case["contiguous"]["ratio"]:
+            layers = "".join(f"{show(case[layout], backend):<36}" for layout in LAYOUTS)
+            print(
+                f"{case['shape']!s:<20}{case['dtype']:<10}{case['memory']:<10}{backend:<10}{layers}"
+                f"{alone['all_gather_ms']:10.3f}  {alone['all_reduce_ms']:10.3f}"
+            )
 
 
-def show(pair: dict[str, Any]) -> str:
+def show(turns: dict[str, Any], backend: str) -> str:
     """Both times in ms, and the ratio with its quartiles."""
-    low, high = pair["ratio"]["quartiles"]
-    times = f"{pair['sync_ms']:.2f} / {pair['plain_ms']:.2f}"
-    return f"{times}  {pair['ratio']['median']:.2f} ({low:.2f}-{high:.2f})"
+    ratio = turns["ratio"][backend]
+    low, high = ratio["quartiles"]
+    times = f"{turns[f'{backend}_ms']:.2f} / {turns['plain_ms']:.2f}"
+    return f"{times}  {ratio['median']:.2f} ({low:.2f}-{high:.2f})"
 
 
 def positive(text: str) -> int:
@@ -224,7 +250,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=positive, default=2, help="processes (default 2)")
-    parser.add_argument("--repeat", type=positive, default=50, help="pairs (default 50)")
+    parser.add_argument("--repeat", type=positive, default=50, help="turns (default 50)")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--out", type=Path, default=OUT, help="(default benchmarks/out/layer.json)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     args = parser.parse_args()
@@ -239,14 +266,18 @@ def main() -> None:
             case
             for memory in MEMORY
             for case in measure(
-                args.ranks, QUICK_CASES if args.quick else CASES, args.repeat, memory
+                args.ranks,
+                QUICK_CASES if args.quick else CASES,
+                args.repeat,
+                args.backends,
+                memory,
             )
         ],
     }
     if args.ranks > cores():
         print(f"warning: {args.ranks} ranks on {cores()} cores: the times include waiting for one")
     print(", ".join(f"{key}: {value}" for key, value in result["environment"].items()))
-    print(f"commit: {result['commit']}, ranks: {args.ranks}, pairs: {args.repeat}")
+    print(f"commit: {result['commit']}, ranks: {args.ranks}, turns: {args.repeat}")
     print_table(result["cases"])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -102,8 +102,10 @@ make bench-check    # compares the ratios with those kept here
 ```
 
 Forward plus backward on {ranks} ranks of one thread each, as a ratio to `torch.nn.BatchNorm2d`,
-which does not synchronize, on the same shard in the same process. Both take turns; medians of
-{repeat} pairs per rank, with quartiles. {machine}; torch {torch}; commit {commit}.
+which does not synchronize, on the same shard in the same process. They take turns; medians of
+{repeat} turns per rank, with quartiles. `composed` is the default backend,
+[`inductor`](layer.md#backends) an option that compiles two loops.
+{machine}; torch {torch}; commit {commit}.
 
 Memory is what the C library does with what both layers free. By default it returns some of it to
 the system (**returned**), and the layer that takes it again pays for every page. Which layer that
@@ -112,8 +114,8 @@ is depends on the heap: the ratio of (32, 2048, 7, 7) was 1.18 at commit 46a88fc
 On large tensors both layers pay, and the ratio nears 1. With memory kept it is that of the work.
 {note}
 
-| shard | dtype | memory | contiguous | channels_last | the two collectives alone, ms |
-|---|---|---|--:|--:|--:|
+| shard | dtype | memory | backend | contiguous | channels_last | the two collectives alone, ms |
+|---|---|---|---|--:|--:|--:|
 """
 
 _STEP = """
@@ -222,12 +224,18 @@ def _merged(record: dict[str, Any]) -> str:
 
 
 def _timed(case: dict[str, Any]) -> str:
-    ratios = []
-    for layout in ("contiguous", "channels_last"):
-        low, high = case[layout]["ratio"]["quartiles"]
-        ratios.append(f"{case[layout]['ratio']['median']:.2f} ({low:.2f} to {high:.2f})")
+    """A row for each backend."""
     collectives = f"{sum(case['collectives'].values()):.2f}"
-    return _row([tuple(case["shape"]), case["dtype"], case["memory"], *ratios, collectives])
+    names = [tuple(case["shape"]), case["dtype"], case["memory"]]
+    rows = []
+    for backend in case["contiguous"]["ratio"]:
+        ratios = [case[layout]["ratio"][backend] for layout in ("contiguous", "channels_last")]
+        cells = [
+            f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f})"
+            for ratio in ratios
+        ]
+        rows.append(_row([*names, backend, *cells, collectives]))
+    return "".join(rows)
 
 
 def _counted_on_cpu(record: dict[str, Any], when: str) -> str:
