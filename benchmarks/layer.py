@@ -250,7 +250,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=positive, default=2, help="processes (default 2)")
-    parser.add_argument("--repeat", type=positive, default=50, help="turns (default 50)")
+    parser.add_argument("--repeat", type=positive, default=25, help="turns (default 25)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--out", type=Path, default=OUT, help="(default benchmarks/out/layer.json)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
