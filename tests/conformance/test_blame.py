@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -166,8 +166,8 @@ def test_the_end_of_what_keeps_the_ranks_is_no_crash_of_the_layer() -> None:
 
 def test_what_the_suite_cannot_judge_is_an_error() -> None:
     class Empty:
-        def run(self, _: Case) -> Outcome:
-            return Outcome([])  # fewer answers than ranks
+        def begin(self, _: Case) -> Callable[[], Outcome]:
+            return lambda: Outcome([])  # fewer answers than ranks
 
     found = judged(cast(RankPool, Empty()), case(3))
     assert found.verdict == "error"
