@@ -6,6 +6,7 @@ adopts the processes that a rank leaves behind, so that it can end them; it ends
 the controller ends, in whatever way; and it imports a framework once, so that a rank is a fork of
 it and starts in a moment. It reads what the ranks write, and keeps the end of it. On stdin and
 stdout it has a guard, its own parent: if something kills one of the two, the other ends the rest.
+The guard also ends a keeper that outlives the controller, because an import reads no pipe.
 
 Requests and answers are JSON: one a line on stdin and stdout, or messages of a link to the
 controller if there are arguments. These are HOST:PORT of the controller, and the variables in which
@@ -20,6 +21,7 @@ import ctypes
 import importlib
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -38,6 +40,7 @@ from syncbn.launchers.site import machine, versions
 _KEPT = 1 << 16  # bytes of output that are kept of each rank
 _PIECE = 1 << 16
 _TICK_SECONDS = 0.2  # between looks for processes that have ended
+_GRACE_SECONDS = 2.0  # in which the keeper ends by itself after the controller
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -322,16 +325,38 @@ def _fork_below_a_guard() -> int:
     if child == 0:
         os.close(writing)
         return reading
-    for of_child in (0, 1, reading):
+    for of_child in (1, reading):
         os.close(of_child)
     _control(_PR_SET_CHILD_SUBREAPER, 1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = os.waitstatus_to_exitcode(_wait_for_the_keeper(child))
     _end_descendants()
     if status < 0:
         with contextlib.suppress(OSError):  # SIGKILL has no handler
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def _wait_for_the_keeper(keeper: int) -> int:
+    """Wait until it has ended, or end it if the controller ended some time ago.
+
+    Returns:
+        Its status, as waitpid gives it.
+    """
+    controller = select.poll()
+    controller.register(0, 0)  # reports only the end of the controller
+    while not controller.poll(1000 * _TICK_SECONDS):
+        pid, status = os.waitpid(keeper, os.WNOHANG)
+        if pid:
+            return status
+    end = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < end:
+        pid, status = os.waitpid(keeper, os.WNOHANG)
+        if pid:
+            return status
+        time.sleep(0.02)
+    os.kill(keeper, signal.SIGKILL)
+    return os.waitpid(keeper, 0)[1]
 
 
 def _control(option: int, value: int) -> None:

@@ -222,6 +222,31 @@ def test_what_a_rank_starts_ends_with_a_controller_that_is_killed() -> None:
     wait_until(lambda: processes("abandoned") == [] and daemons() == before, 20.0)
 
 
+CONTROLLER_THAT_PRELOADS = """
+import sys
+from syncbn.launchers import LAUNCHERS
+from syncbn.launchers.site import Site
+mark, value = sys.argv[1:]
+command = [sys.executable, "-m", "slow_framework"]
+LAUNCHERS["local"](Site()).start(command, 2, {mark: value}, preload=["slow_framework"])
+"""
+
+
+def test_an_import_ends_with_a_controller_that_is_killed(tmp_path: Path) -> None:
+    """Meanwhile the keeper reads nothing."""
+    importing = tmp_path / "importing"
+    (tmp_path / "slow_framework.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(importing)!r}).touch()\ntime.sleep(60)\n"
+    )
+    search = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", CONTROLLER_THAT_PRELOADS, MARK, "imports"]
+    controller = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": search})
+    wait_until(importing.exists)
+    controller.kill()
+    controller.wait()
+    wait_until(lambda: processes("imports") == [], 10.0)
+
+
 LONG = """
 import time
 print("word " * 20_000_000, "the end", flush=True)
