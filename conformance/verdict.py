@@ -289,7 +289,7 @@ def _check_step_facts(case: Case, step: Step, where: str, facts: dict[str, Any])
         raise _Failure(f"{where}: the {facts['modified'][0]} was modified")
     if "format" in case.checks:
         x, y = facts["format"]["x"], facts["format"]["y"]
-        for aspect in ("shape", "dtype"):
+        for aspect in ("shape", "dtype", "class"):
             _equal(f"{where}: {aspect} of y", y[aspect], x[aspect])
         for aspect in ("contiguous", "channels_last"):
             if x[aspect] and not y[aspect]:

@@ -460,7 +460,9 @@ class Rank(ABC):
         }
 
     def _format(self, tensor: Any) -> dict[str, Any]:
+        cls = type(tensor)
         return {
+            "class": f"{cls.__module__}.{cls.__qualname__}",
             "shape": list(tensor.shape),
             "dtype": _dtype(tensor),
             "contiguous": self.is_contiguous(tensor),

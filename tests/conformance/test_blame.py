@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,13 @@ def test_what_a_layer_returns_or_raises_is_its_own_fault(
     found = judged(unruly, case(channels))
     assert (found.verdict, found.raised) == ("fail", True)
     assert text in str(found.message)
+
+
+def test_a_tensor_of_another_class_is_noticed(unruly: RankPool) -> None:
+    found = judged(unruly, replace(case(39), checks=("y", "format")))
+    assert found.verdict == "fail"
+    classes = r"class of y is .*unruly\.Marked, expected torch\.Tensor"
+    assert re.search(rf"rank 1, step 0: {classes}", str(found.message))
 
 
 def test_an_argument_that_does_not_exist_is_not_refused_for_the_reason_of_the_clause() -> None:

@@ -45,7 +45,7 @@ def right_answers() -> list[Message]:
         arrays |= {f"initial/{n}": np.full(3, float(n in ("weight", "running_var"))) for n in NAMES}
         arrays["initial/num_batches_tracked"] = np.array(0)
         form: dict[str, Any] = {"shape": list(STEP.shapes[rank]), "dtype": "float32"}
-        form |= {"contiguous": True, "channels_last": False}
+        form |= {"class": "torch.Tensor", "contiguous": True, "channels_last": False}
         content: dict[str, Any] = {
             "signature": dict(verdict._DOCUMENTED),
             "parameters": {n: {"shape": [3], "dtype": "float32"} for n in NAMES},
@@ -159,6 +159,7 @@ def wrong_start(answers: list[Message]) -> None:
         (put(["0/y"], "unlike"), "second run gives another 0/y"),
         (put("float64", "steps", 0, "format", "y", "dtype"), "dtype of y"),
         (put([3, 2, 4], "steps", 0, "format", "y", "shape"), "shape of y"),
+        (put("own.Tensor", "steps", 0, "format", "y", "class"), "class of y is own.Tensor"),
         (put(False, "steps", 0, "format", "y", "contiguous"), "x is contiguous, y is not"),
         (put([2, 1], "steps", 0, "collectives"), "collectives"),
         (put({"types": ["KeyError"], "message": "k"}, "error"), "constructor raised KeyError: k"),

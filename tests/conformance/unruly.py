@@ -117,6 +117,10 @@ def to_the_controller(sends: bytes) -> Callable[[Tensor], Any]:
     return lambda _: os.write(channel().fileno(), sends)
 
 
+class Marked(Tensor):
+    pass
+
+
 def then(action: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     """Do something after a right result."""
 
@@ -142,6 +146,7 @@ AFTER: dict[int, Callable[[Tensor], Any]] = {
     41: lambda y: y.to_sparse(),
     42: lambda y: None,
     43: lambda y: (y, y),
+    39: lambda y: y.as_subclass(Marked),
     44: then(changes),
     45: then(leaves_a_thread),
     46: then(closes_stdout),
