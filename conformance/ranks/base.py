@@ -331,10 +331,7 @@ class Rank(ABC):
     def _look(self, layer: Any, case: Case, answer: dict[str, Any], arrays: Arrays) -> None:
         """Add what the case checks of a new layer."""
         if "signature" in case.checks:
-            answer["signature"] = {
-                name: repr(parameter.default)
-                for name, parameter in inspect.signature(self.cls).parameters.items()
-            }
+            answer["signature"] = self._signature()
         if {"parameters", "statistics_dtype"}.intersection(case.checks):
             answer["parameters"] = {
                 name: {"shape": list(tensor.shape), "dtype": _dtype(tensor)}
@@ -345,6 +342,26 @@ class Rank(ABC):
         if "initial_values" in case.checks:
             tensors = by_role(self.state(layer))
             arrays |= {f"initial/{name}": self.array(tensor) for name, tensor in tensors.items()}
+
+    def _signature(self) -> dict[str, str | None]:
+        """The defaults of the arguments of the constructor.
+
+        None is the default of an argument that it takes but does not show, because it passes
+        `**options` on.
+        """
+        parameters = inspect.signature(self.cls).parameters
+        shown = {name: repr(parameter.default) for name, parameter in parameters.items()}
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return {**shown}
+        return {**{name: None for name in _SOUND if self._takes(name)}, **shown}
+
+    def _takes(self, name: str) -> bool:
+        sound = {one: _SOUND[one] for one in ("num_features", name)}
+        try:
+            self.build(self.layer_args | sound)
+        except Exception:
+            return False
+        return True
 
     def _group(self, ranks: tuple[int, ...]) -> Any:
         if ranks not in self.groups:

@@ -51,6 +51,18 @@ class FailsByChannels(SyncBatchNorm):
         return super().forward(input)
 
 
+class NeverBuilt(SyncBatchNorm):
+    """On rank 1: with 65 channels its constructor ignores signals and never returns."""
+
+    def __init__(self, num_features: int, *arguments: Any, **options: Any) -> None:
+        super().__init__(num_features, *arguments, **options)
+        if num_features == 65 and dist.get_rank() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
+            while True:
+                pass
+
+
 class Computes(SyncBatchNorm):
     """Uses half a second of a processor before each step."""
 
@@ -68,6 +80,20 @@ class Renamed(SyncBatchNorm):
         if "eps" in rest:
             raise TypeError("Renamed.__init__() got an unexpected keyword argument 'eps'")
         super().__init__(num_features, epsilon, **rest)
+
+
+class PassesOn(SyncBatchNorm):
+    """A right layer whose constructor shows no argument."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+
+
+class HasAnOption(SyncBatchNorm):
+    """A right layer with an optional argument of its own."""
+
+    def __init__(self, num_features: int, *arguments: Any, fused: bool = False, **rest: Any):
+        super().__init__(num_features, *arguments, **rest)
 
 
 class CannotBeBuilt:
