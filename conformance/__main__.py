@@ -67,6 +67,7 @@ _VERIFIED = (
     "the layer FAILED"
 )
 _REASONS = 30  # of a refusal that are printed
+_UNWIND_SECONDS = 10.0  # in which a run that is interrupted has ended
 _STATUS_OF = {"pass": 0, "fail": 1, "error": 3, "incomplete": 130}
 
 
@@ -81,15 +82,32 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+class _Interrupt:
+    """A handler of signals. Those that follow the first one at once are part of it.
+
+    Otherwise they would end what the first one has begun: to end the ranks and write the report.
+    """
+
+    def __init__(self) -> None:
+        self._last = -_UNWIND_SECONDS
+
+    def __call__(self, *_: object) -> None:
+        now = time.monotonic()
+        if now - self._last >= _UNWIND_SECONDS:
+            self._last = now
+            raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status, as _STATUS describes it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     options.command_line = arguments
-    # These unwind like Ctrl-C, so that a run which is ended leaves no rank behind.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # All unwind like Ctrl-C, so that a run which is ended leaves no rank behind.
+    interrupt = _Interrupt()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
     try:
         status: int = options.command(options)
         with _whatever_the_reader_does():

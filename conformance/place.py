@@ -7,6 +7,7 @@ up by `--resume`.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -79,7 +80,8 @@ class Place:
         trace: TracebackType | None,
     ) -> None:
         if self._journal is not None:
-            self._journal.close()
+            with contextlib.suppress(OSError):  # of a full disk, of which `_write` has told
+                self._journal.close()
             if not self.rows:  # nothing to take up
                 (self.folder / JOURNAL).unlink(missing_ok=True)
         if self._lock is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -175,26 +176,62 @@ def test_a_closed_pipe_changes_nothing(tmp_path: Path, closed: str) -> None:
     assert reports.load(tmp_path / "report.json")["summary"]["verdict"] == "pass"
 
 
-def test_a_lost_terminal_leaves_a_report(tmp_path: Path) -> None:
-    arguments = [*COMMAND, "run", "--ranks", "1", "--oracle", "none", "--out", str(tmp_path)]
-    process = subprocess.Popen(
+@pytest.mark.parametrize(
+    ("clauses", "size", "what"),
+    [("FWD-1,FWD-2", 4096, "reports to {}"), ("CTOR-2", 2048, "report to {}/report.json")],
+    ids=["in the run", "at its end"],
+)
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(
+    clauses: str, size: int, what: str, tmp_path: Path
+) -> None:
+    arguments = [*COMMAND, "run", "--ranks", "1", "--oracle", "none", "--clause", clauses]
+    arguments += ["--out", str(tmp_path)]
+    done = subprocess.run(
         arguments,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    what = what.format(tmp_path)
+    assert last == f"syncbn-conformance: cannot write {what}: File too large"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.jsonl"]
+    assert subprocess.run([*arguments, "--resume"], timeout=300).returncode == 0
+
+
+@pytest.mark.parametrize("sent", ["SIGHUP", "SIGTERM", "SIGINT, again and again"])
+def test_a_signal_leaves_a_report_and_nothing_else(sent: str, tmp_path: Path) -> None:
+    name, _, again = sent.partition(",")
+    number = signal.Signals[name]
+    out, temporary = tmp_path / "out", tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [*COMMAND, "run", "--ranks", "1", "--oracle", "none", "--out", str(out)],
+        env=os.environ | {"TMPDIR": str(temporary)},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # Where tests are started by nohup, SIGHUP is ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where tests are started by nohup or with &, some are ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     try:
         end = time.monotonic() + 200
-        journal = tmp_path / "run.jsonl"
+        journal = out / "run.jsonl"
         while not journal.exists() or len(journal.read_bytes().splitlines()) < 3:
             assert time.monotonic() < end
             time.sleep(0.05)
-        process.send_signal(signal.SIGHUP)
-        assert process.wait(120) == 130
+        for _ in range(4 if again else 1):
+            process.send_signal(number)
+            time.sleep(0.05)
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 130, errors
     finally:
         process.kill()
-    assert reports.load(tmp_path / "report.json")["summary"]["verdict"] == "incomplete"
+    assert "Traceback" not in errors
+    assert reports.load(out / "report.json")["summary"]["verdict"] == "incomplete"
+    assert [file for file in temporary.iterdir() if "inductor" not in file.name] == []
 
 
 def test_shards_are_the_whole() -> None:
