@@ -244,7 +244,7 @@ def _commit() -> dict[str, Any]:
     """
 
     def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(_ROOT), *arguments]
+        command = ["git", "--no-optional-locks", "-C", str(_ROOT), *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):

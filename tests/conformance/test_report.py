@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,3 +97,17 @@ def test_a_run_in_which_no_clause_was_judged_does_not_pass() -> None:
         pool, rows, profile="smoke", level="decided", seconds=1.0, oracle="none", run=RUN
     )
     assert found["summary"]["verdict"] == "fail"
+
+
+def test_the_suite_asks_git_without_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed would leave the lock in the repository of the user."""
+    file = tmp_path / "conformance" / "report.py"
+    file.parent.mkdir()
+    file.write_text("")
+    for command in ("init -q", "add .", "-c user.name=T -c user.email=t@example.org commit -qm 1"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    os.utime(file, (1e9, 1e9))  # git would write the new time into its index
+    before = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr(report, "_ROOT", tmp_path)
+    assert report.suite()["dirty"] is False
+    assert (tmp_path / ".git" / "index").read_bytes() == before
