@@ -11,6 +11,7 @@ from rich.console import Console
 
 from audit.weaknesses import run
 from audit.weaknesses.run import RowError, load, outcomes
+from syncbn.conformance import targets
 
 JUNIT = """
 <testsuites><testsuite>
@@ -67,6 +68,18 @@ def test_what_did_not_run_is_not_right(
 ) -> None:
     monkeypatch.setattr(run, "load", lambda: [run.Row("gate", "this", "that", ("a",))])
     monkeypatch.setattr(run, "_run", lambda _: {"a": outcome} if outcome else {})
+    monkeypatch.setattr(run, "_run_cases", lambda _: {})
     output = io.StringIO()
     assert run.main(Console(file=output, width=100)) == status
     assert text in output.getvalue()
+
+
+@pytest.mark.parametrize(("target", "status"), [("syncbn.torch", 0), ("torch.nn", 1)])
+def test_the_cases_of_a_row_run(monkeypatch: pytest.MonkeyPatch, target: str, status: int) -> None:
+    row = run.Row("gate", "this", "that", cases={"ERR-3": "num_features"})
+    chosen = targets.parse(target)
+    monkeypatch.setattr(run, "load", lambda: [row])
+    monkeypatch.setattr(run, "_run", lambda _: {})
+    monkeypatch.setattr("audit.weaknesses.run.targets.parse", lambda _: chosen)
+    assert len(row.ids) == 2
+    assert run.main(Console(file=io.StringIO())) == status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from syncbn.conformance import __main__ as command_line
 from syncbn.conformance.__main__ import main
 from syncbn.conformance.cases import catalogue
 
+ROOT = Path(__file__).parents[2]
 PLANTED = "torch:tests/conformance/planted.py"
 
 
@@ -168,6 +170,25 @@ def test_a_finding_is_kept_with_the_reports_of_the_user() -> None:
     """Also in a checkout, whose suite no exploration changes."""
     options = command_line._parser().parse_args(["explore"])
     assert options.out == Path("reports/out/explored")
+
+
+def test_a_checkout_on_the_path_works_anywhere(tmp_path: Path) -> None:
+    """Also next to packages of the same names, and where no temporary folder can be written."""
+    for name in ("reference", "reports", "conformance"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not yours')")
+    command = [sys.executable, "-m", "syncbn.conformance", "run", "--ranks", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": "/proc"}
+    done = subprocess.run(
+        [*command, "--clause", "FWD-1", "--oracle", "none"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = reports.load(tmp_path / "reports/out/syncbn.torch/report.json")
+    assert report["summary"]["verdict"] == "pass"
 
 
 def test_a_report_that_cannot_be_written(

@@ -16,8 +16,10 @@ import pytest
 from syncbn.conformance import pool as pool_module
 from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case, Step
+from syncbn.conformance.cases import catalogue
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
+from syncbn.conformance.verdict import Verdict
 from syncbn.conformance.wire import Channel
 from syncbn.launchers.handshake import Reception
 
@@ -81,6 +83,14 @@ def test_an_endless_loop_is_seen_by_the_time_of_its_processor() -> None:
     assert "planted.py" in str(found.message)
 
 
+def test_a_constructor_that_ignores_signals_is_ended() -> None:
+    with RankPool(targets.parse(f"{PLANTED}:NeverBuilt"), 2) as pool:
+        found = runner.run_case(pool, case(65)).verdict
+        assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+    assert found.verdict == "hang"
+    assert "rank 1 did not answer in 5 s of processor time" in str(found.message)
+
+
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs /proc/PID/schedstat")
 def test_ranks_that_wait_for_a_processor_do_not_hang() -> None:
     """Ranks and busy processes share one processor, and the deadline is short."""
@@ -100,6 +110,25 @@ def test_ranks_that_wait_for_a_processor_do_not_hang() -> None:
                 process.wait()
     assert found.verdict.verdict == "pass", found.verdict.message
     assert found.seconds > 1.0
+
+
+def test_a_busy_machine_changes_no_result() -> None:
+    """Neither a verdict nor a bit of a ratio, of passes and of failures."""
+    cases = catalogue(2, "smoke")
+
+    def verdicts() -> list[Verdict]:
+        with RankPool(targets.parse(f"{PLANTED}:LocalCount"), 2) as pool:
+            return [runner.run_case(pool, one).verdict for one in cases]
+
+    alone = verdicts()
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        assert verdicts() == alone
+    finally:
+        for process in burners:
+            process.kill()
+            process.wait()
+    assert {one.verdict for one in alone} >= {"pass", "fail"}
 
 
 RESTORED = (

@@ -284,9 +284,32 @@ def test_ranks_listen_on_loop_back_only(framework: str) -> None:
     pytest.importorskip(framework, reason=f"{framework} is not installed")
     with RankPool(targets.parse(f"syncbn.{framework}"), 2) as pool:
         assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
-        addresses = [address for pid in descendants(os.getpid()) for address in listening(pid)]
+        addresses = [
+            one.split(":")[0] for pid in descendants(os.getpid()) for one in listening(pid)
+        ]
     assert addresses != []
     assert set(addresses) <= {"0100007F", "00000000000000000000000001000000"}
+
+
+def test_strangers_where_the_ranks_meet_cost_nothing() -> None:
+    """The store of PyTorch takes whatever connects."""
+    said = (b"", b"\x00\xff" * 500, b"GET / HTTP/1.1\r\n\r\n", bytes(8) + b"\xff" * 8)
+    with RankPool(targets.parse("syncbn.torch"), 2) as pool:
+        assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+        places = {one for pid in descendants(os.getpid()) for one in listening(pid)}
+        ports = [int(place.split(":")[1], 16) for place in places]
+        strangers = [socket.create_connection(("127.0.0.1", port)) for port in ports for _ in said]
+        assert strangers
+        for connection, words in zip(strangers, len(ports) * said, strict=True):
+            connection.sendall(words)
+        for connection in strangers[::2]:
+            connection.close()
+        for _ in range(2):
+            pool._must_rejoin = True
+            assert runner.run_case(pool, case(3)).verdict.verdict == "pass"
+        assert pool.restarts == []
+        for connection in strangers:
+            connection.close()
 
 
 def descendants(pid: int) -> list[int]:
@@ -299,11 +322,11 @@ def descendants(pid: int) -> list[int]:
 
 
 def listening(pid: int) -> list[str]:
-    """The addresses on which a process listens, in hexadecimal as the kernel shows them."""
+    """ADDRESS:PORT where a process listens, in hexadecimal as the kernel shows them."""
     own = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
     rows = [
         row.split()
         for table in ("tcp", "tcp6")
         for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
     ]
-    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
+    return [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -424,6 +425,18 @@ class TestSummarize:
             "    syncbn-conformance replay 000000000002 --target syncbn.mindspore --mode graph "
             "--launcher msrun --ranks 4"
         )
+
+    @pytest.mark.parametrize("name", ["torch:$(rm -r /):`C`", "torch:a'; b #:C", 'torch:"a b":C'])
+    def test_a_name_is_no_command_of_the_shell(self, name: str) -> None:
+        report = failing()
+        report["target"]["name"] = name
+        report["target"]["layer_args"] = {"a": "'; b #"}
+        replayed = [line for line in table(report, 200) if " replay " in line]
+        assert replayed
+        for line in replayed:
+            words = shlex.split(line)
+            assert words[words.index("--target") + 1] == name
+            assert json.loads(words[words.index("--layer-args") + 1]) == {"a": "'; b #"}
 
     def test_shows_why_a_case_failed(self) -> None:
         lines = table(failing(), 100)
