@@ -13,7 +13,7 @@ Everything is timed twice. As the C library does by default, it returns some fre
 system, and whichever layer takes it again pays for its pages, by the chance of the heap. The other
 time it keeps the memory, and the ratio is that of the work alone.
 
-The backend `inductor` compiles its loops during the warm-up. It needs a C++ compiler.
+The backend `numba` compiles its loops during the warm-up.
 
     python -m benchmarks.layer
     python -m benchmarks.layer --backends composed
@@ -55,7 +55,7 @@ HALVES = ("bfloat16", "float16")
 CASES = [(shape, "float32") for shape in [*SHAPES, TINY]]
 CASES += [(shape, half) for shape in [*SHAPES[1:3], TINY] for half in HALVES]
 QUICK_CASES = [(shape, "float32") for shape in QUICK_SHAPES]
-BACKENDS = ("composed", "inductor")
+BACKENDS = ("composed", "numba")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # What the C library does with freed memory, by the variables that make it do so (glibc only).
 MEMORY = {

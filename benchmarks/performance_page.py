@@ -104,7 +104,7 @@ make bench-check    # compares the ratios with those kept here
 Forward plus backward on {ranks} ranks of one thread each, as a ratio to `torch.nn.BatchNorm2d`,
 which does not synchronize, on the same shard in the same process. They take turns; medians of
 {repeat} turns per rank, with quartiles. `composed` is the default backend,
-[`inductor`](layer.md#backends) an option that compiles two loops.
+[`numba`](layer.md#backends) an option that compiles loops.
 {machine}; torch {torch}; commit {commit}.
 
 Memory is what the C library does with what both layers free. By default it returns some of it to

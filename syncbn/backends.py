@@ -57,10 +57,12 @@ TORCH = _by_name(
         float64_on=("cpu", "cuda"),
     ),
     BackendInfo(
-        "inductor",
-        "syncbn.torch.backends.inductor",
+        "numba",
+        "syncbn.torch.backends.numba",
         float64_on=("cpu",),
         compiles=True,
+        needs=("numba",),
+        install="pip install 'syncbn[numba]'",
     ),
     BackendInfo(
         "aten",

@@ -57,6 +57,9 @@ RULES = {
     # The layer. Its five operations on Triton's kernels are the one way out of it.
     "syncbn": Rule(BASE, ()),
     "syncbn.torch": Rule(BASE, ("torch", "torch_npu")),
+    "syncbn.torch.backends.numba": Rule(
+        (*BASE, "syncbn.torch"), ("torch", "numpy", "numba", "llvmlite")
+    ),
     "syncbn.torch.backends.triton": Rule(
         (*BASE, "syncbn.torch", "syncbn.kernels"), ("torch", "triton")
     ),

@@ -263,7 +263,7 @@ def test_a_backend_for_a_target_that_has_none() -> None:
 
 
 def test_an_unknown_backend() -> None:
-    offered = "auto, composed, inductor, aten, triton"
+    offered = "auto, composed, numba, aten, triton"
     with pytest.raises(TargetError, match=f"backend must be one of {offered}, got 'tritium'"):
         targets.parse("syncbn.torch", backend="tritium")
 

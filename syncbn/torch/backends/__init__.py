@@ -128,7 +128,7 @@ def load(name: str, x: Tensor | None = None) -> Backend:
     """The backend of that name; "auto" is what SYNCBN_BACKEND says, or else the default for x.
 
     - composed: ATen's operations, on any device;
-    - inductor: the same on CPU, with two loops that torch.compile generates;
+    - numba: on CPU, loops that Numba compiles;
     - aten: the batch-norm kernels of CUDA and, by torch_npu, of Ascend; the default there without
       Triton, and on CUDA for float64;
     - triton: the kernels of this project; the default on CUDA and Ascend where Triton is installed;
