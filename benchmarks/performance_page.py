@@ -47,6 +47,13 @@ tensors with input {shape}:
 """
 
 _MINDSPORE = """
+### Compiled
+
+In a graph that `torch.compile` makes, a step is three operators: `statistics` and `normalize` in
+the forward, `backward` in the backward. They launch what eager code launches, and the graph adds no
+launch (a test holds it). So what fuses the work on vectors is not the compiler but `triton`, whose
+kernels pack, merge and move the statistics.
+
 ### MindSpore
 
 ```

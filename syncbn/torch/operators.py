@@ -201,7 +201,7 @@ def _define_in_order(arguments: str, results: str, function: Any, fake: Any) -> 
     def passing_on(call: Any) -> Any:
         def in_order(*given: Any) -> tuple[Tensor, ...]:
             *others, order = given
-            return *call(*others), torch.zeros_like(order)
+            return *call(*others), torch.empty_like(order)
 
         return in_order
 
@@ -260,7 +260,7 @@ def _in_order(mode: FunctionalTensorMode, operator: Any, types: Any, args: Any, 
         return mode.__torch_dispatch__(operator, types, args, kwargs)
     last = _last.get(mode)
     if last is None:
-        last = torch.zeros(1, device=args[0].device)
+        last = torch.empty(1, device=args[0].device)
     *results, _last[mode] = mode.__torch_dispatch__(
         _IN_ORDER[operator], types, (*args, last), kwargs
     )

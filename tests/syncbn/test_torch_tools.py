@@ -458,6 +458,33 @@ def test_compiled_collectives_keep_their_order() -> None:
     torch._dynamo.reset()
 
 
+def test_a_compiled_step_launches_what_an_eager_one_does() -> None:
+    """The graph has the three operators of a step, whose order costs only an allocation."""
+    operations: list[list[str]] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        called = [node for node in module.graph.nodes if node.op == "call_function"]
+        called = [node for node in called if node.target is not operator.getitem]
+        targets = (
+            node.args[0] if "functionalized" in str(node.target) else node.target for node in called
+        )
+        operations.append([str(target) for target in targets])
+        return make_boxed_func(module)
+
+    model = torch.compile(make_layer(), backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    y = model(X.clone().requires_grad_())
+    y.backward(torch.ones_like(y))
+    assert operations == [
+        [
+            "aten.empty.memory_format",
+            "syncbn.statistics_in_order.default",
+            "syncbn.normalize.default",
+        ],
+        ["syncbn.backward_in_order.default"],
+    ]
+    torch._dynamo.reset()
+
+
 def _calls(node: torch.fx.Node, operation: str) -> bool:
     """Whether the node is that operator, or a call of it that returns what it changes in place."""
     functional = str(node.target) == "auto_functionalized_v2"
