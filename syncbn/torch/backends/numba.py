@@ -42,12 +42,14 @@ def stats(x: Tensor) -> tuple[Tensor, Tensor]:
     # the mean. So a difference of squares loses at most log10(n) of the 16 digits of float64, which
     # float64 data cannot spare: for these the distances are from the mean, in a second pass.
     count = x.shape[0] * x.shape[2]
-    shift = x[0, :, 0].to(torch.float64)
-    for _ in range(2 if x.dtype == torch.float64 else 1):
-        shift = shift.where(shift.isfinite(), 0)  # so that the mean of values with inf is inf
-        away, squares = _sums(x, x, shift, shift) / count
-        shift = shift + away
-    return shift, (squares - away * away).clamp_(min=0)
+    shift = _vector(x[0, :, 0])
+    with np.errstate(all="ignore"):  # NaN, inf and what overflows go their way
+        for _ in range(2 if x.dtype == torch.float64 else 1):
+            shift = np.where(np.isfinite(shift), shift, 0)  # so that the mean with inf is inf
+            away, squares = _sums(x, x, shift, shift) / count
+            shift = shift + away
+        var = np.maximum(squares - away * away, 0)
+    return torch.from_numpy(shift), torch.from_numpy(var)
 
 
 def pack_stats(x: Tensor, header: Tensor) -> Tensor:
@@ -68,12 +70,12 @@ def normalize(
     y = torch.empty_like(x)
     scale = invstd if weight is None else invstd * weight
     shift = torch.zeros_like(mean) if bias is None else bias
-    _in_parts(_normalize, [x, y], [mean, scale, shift], _arithmetic(x))
+    _in_parts(_normalize, [x, y], [_vector(v, _arithmetic(x)) for v in (mean, scale, shift)])
     return y
 
 
 def reduce_grad(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    sum_dy, sum_dy_xmu = _sums(dy, x, torch.zeros_like(mean), mean).unbind(0)
+    sum_dy, sum_dy_xmu = torch.from_numpy(_sums(dy, x, np.zeros(len(mean)), _vector(mean)))
     return sum_dy, sum_dy_xmu
 
 
@@ -90,7 +92,8 @@ def input_grad(
     dx = torch.empty_like(dy)
     scale = invstd if weight is None else invstd * weight
     slope = invstd.square() * sum_dy_xmu / n
-    _in_parts(_input_grad, [dy, x, dx], [mean, sum_dy / n, slope, scale], _arithmetic(x))
+    vectors = [_vector(v, _arithmetic(x)) for v in (mean, sum_dy / n, slope, scale)]
+    _in_parts(_input_grad, [dy, x, dx], vectors)
     return dx
 
 
@@ -99,40 +102,42 @@ def _arithmetic(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in _BITS else torch.float64
 
 
-def _sums(a: Tensor, b: Tensor, from_a: Tensor, from_b: Tensor) -> Tensor:
+def _sums(a: Tensor, b: Tensor, from_a: Any, from_b: Any) -> Any:
     """The sums of a - from_a, and of its products with b - from_b: (2, C)."""
-    return torch.from_numpy(sum(_in_parts(_add_up, [a, b], [from_a, from_b], torch.float64)))
+    return sum(_in_parts(_add_up, [a, b], [from_a, from_b]))
 
 
-def _in_parts(
-    loop: Callable[..., Any], tensors: list[Tensor], vectors: list[Tensor], dtype: torch.dtype
-) -> list[Any]:
+def _vector(values: Tensor, dtype: torch.dtype = torch.float64) -> Any:
+    return _numpy(values.to(dtype))
+
+
+def _in_parts(loop: Callable[..., Any], tensors: list[Tensor], vectors: list[Any]) -> list[Any]:
     """What the loop returns for each part of the rows of the tensors, one for each thread.
 
     The loops run without Python's lock. Threads of Numba's own do not survive a fork.
-
-    Args:
-        vectors: of all channels, for which the loop takes this dtype.
     """
     arrays = [_array(tensor) for tensor in tensors]
-    per_channel = [vector.detach().to(dtype).numpy() for vector in vectors]
     rows = len(arrays[0])
     parts = max(1, min(torch.get_num_threads(), rows, arrays[0].size // _PART))
     if parts == 1:
-        return [loop(*arrays, *per_channel)]
+        return [loop(*arrays, *vectors)]
     cuts = [slice(rows * part // parts, rows * (part + 1) // parts) for part in range(parts)]
     threads = _threads(torch.get_num_threads(), os.getpid())
-    return list(threads.map(lambda cut: loop(*(a[cut] for a in arrays), *per_channel), cuts))
+    return list(threads.map(lambda cut: loop(*(a[cut] for a in arrays), *vectors), cuts))
 
 
 def _array(x: Tensor) -> Any:
     """x (R, C, S); as (R, C) if S is 1, so that the loop over channels is the inner one."""
+    x = x.view(_BITS.get(x.dtype, x.dtype))
+    return _numpy(x.squeeze(2) if x.shape[2] == 1 else x)
+
+
+def _numpy(x: Tensor) -> Any:
     if x.device.type != "cpu":
         raise RuntimeError(
             f"backend 'numba' runs on cpu, got a tensor on {x.device}: choose backend='auto'"
         )
-    x = x.detach().view(_BITS.get(x.dtype, x.dtype))
-    return (x.squeeze(2) if x.shape[2] == 1 else x).numpy()
+    return x.detach().numpy()
 
 
 @functools.lru_cache(maxsize=1)
