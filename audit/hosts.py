@@ -11,9 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 
+_ROOT = Path(__file__).parents[1]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _DEVICE = "link0"
 _TOOLS = ("ip", "nft", "nsenter", "unshare", "hostname")
@@ -27,8 +29,8 @@ table ip loss {{
 """
 
 
-def why_not() -> str:
-    """Why this machine cannot be two hosts; empty if it can."""
+def why_not(delay: float = 0.0) -> str:
+    """Why this machine cannot be two hosts with this delay; empty if it can."""
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if sys.platform != "linux" or missing:
         packages = "apt-get install iproute2 nftables util-linux hostname"
@@ -36,10 +38,11 @@ def why_not() -> str:
     if os.geteuid():
         return "needs root, to make network namespaces"
     try:
-        with TwoHosts("try"):
+        with TwoHosts("try", delay):
             return ""
     except subprocess.CalledProcessError as error:
-        return f"needs network namespaces, and pairs of virtual devices: {error.stderr.strip()}"
+        reason = error.stderr.strip().splitlines()[-1]
+        return f"needs network namespaces, and virtual devices between them: {reason}"
 
 
 class TwoHosts:
@@ -47,10 +50,12 @@ class TwoHosts:
 
     Args:
         name: of these two, next to others of this process.
+        delay: the seconds that a packet takes from one to the other.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, delay: float = 0.0) -> None:
         self._name = f"syncbn-{os.getpid()}-{name}"
+        self._delay = delay
         self._made = contextlib.ExitStack()
 
     def __enter__(self) -> TwoHosts:
@@ -59,8 +64,11 @@ class TwoHosts:
                 _run("ip", "netns", "add", self._namespace(address))
                 made.callback(_run, "ip", "netns", "del", self._namespace(address))
                 self._ip(address, "link", "set", "lo", "up")
-            peer = ("peer", "name", _DEVICE, "netns", self._namespace(ADDRESSES[1]))
-            self._ip(ADDRESSES[0], "link", "add", _DEVICE, "type", "veth", *peer)
+            if self._delay:
+                made.enter_context(self._slow_link())
+            else:
+                peer = ("peer", "name", _DEVICE, "netns", self._namespace(ADDRESSES[1]))
+                self._ip(ADDRESSES[0], "link", "add", _DEVICE, "type", "veth", *peer)
             for address in ADDRESSES:
                 self._ip(address, "addr", "add", f"{address}/24", "dev", _DEVICE)
                 self._ip(address, "link", "set", _DEVICE, "up")
@@ -106,6 +114,25 @@ class TwoHosts:
             for address in ADDRESSES
             for pid in _run("ip", "netns", "pids", self._namespace(address)).split()
         ]
+
+    @contextlib.contextmanager
+    def _slow_link(self) -> Iterator[None]:
+        words = (_DEVICE, str(self._delay), *map(self._namespace, ADDRESSES))
+        command = [sys.executable, "-m", "audit.slow_link", *words]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command, cwd=_ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            try:
+                if process.stdout.readline() != "ready\n":
+                    error = process.stderr.read()
+                    raise subprocess.CalledProcessError(process.wait(), command, stderr=error)
+                yield
+            finally:
+                process.stdin.close()
 
     def _namespace(self, address: str) -> str:
         return f"{self._name}-{address}"

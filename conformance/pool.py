@@ -36,6 +36,8 @@ HERE = Site()  # this machine alone
 _START_SECONDS = 120.0  # importing a framework on a busy machine takes a while
 _JOIN_SECONDS = 20.0  # in which ranks that have all loaded form a new world
 _GRACE_SECONDS = 5.0  # in which the peers of a rank that failed must fail as well
+_TRIPS = 25.0  # round trips that a step may take over a slow link, its lost packets included
+_STOPPED_SECONDS = 1.0  # longer than this process is between two looks unless something stops it
 _PATIENCE = 10.0  # factor of all times if ranks compile their steps, or interpret their kernels
 _MAX_FAILED_STARTS = 2  # in a row; after that every case is an error at once
 _IDLE_SECONDS = 1.0  # after which ranks that wait for each other hang, if nothing runs
@@ -233,8 +235,12 @@ class RankPool:
         return lambda: self._finish(case, sent, began)
 
     def _finish(self, case: Case, sent: _Sent, began: float) -> Outcome:
+        steps = sum(step.repeat for step in case.steps)
         outcome = self._wait(
-            sent, case.deadline, _patience(self.target), watch=self.target.device == "cpu"
+            sent,
+            case.deadline + steps * self._step_on_the_way(),
+            _patience(self.target),
+            watch=self.target.device == "cpu",
         )
         assert self._job is not None
         if (outcome.crashed or outcome.hung) and (failure := self._job.failure()):
@@ -274,7 +280,8 @@ class RankPool:
         if self._must_rejoin:
             began = time.monotonic()
             try:
-                self._join(_JOIN_SECONDS * _patience(self.target))
+                on_the_way = self.ranks * self._step_on_the_way()
+                self._join((_JOIN_SECONDS + on_the_way) * _patience(self.target))
             except StartError as error:
                 self.stop()
                 self._record(case, f"the ranks did not form a new world: {error}", began)
@@ -284,6 +291,10 @@ class RankPool:
             self._failed_starts += 1
             self.start()
             self._failed_starts = 0
+
+    def _step_on_the_way(self) -> float:
+        """The seconds that messages of a step may be on the way, as far as the controller sees."""
+        return _TRIPS * max(channel.round_trip() for channel in self._channels)
 
     def _record(self, case: Case, reason: str, began: float) -> None:
         self.restarts.append(Restart(case.id, reason, time.monotonic() - began))
@@ -364,7 +375,7 @@ class RankPool:
         answers: list[Message | None] = [None] * self.ranks
         # By rank, what it sent if that was no message.
         crashed: dict[int, str] = dict.fromkeys(sent.gone, "")
-        grace = _GRACE_SECONDS * patience
+        grace = (_GRACE_SECONDS + self._step_on_the_way()) * patience
         end = time.monotonic() + (grace if crashed or sent.stuck else deadline * patience)
         activity: Activity | None = None
         queued = 0.0  # seconds in which the ranks waited for a processor: no fault of the layer
@@ -372,7 +383,16 @@ class RankPool:
         with selectors.DefaultSelector() as selector:
             for rank, channel in waiting.items():
                 selector.register(channel, selectors.EVENT_READ, rank)
-            while waiting and (left := end + queued - time.monotonic()) > 0:
+            looked = time.monotonic()
+            while waiting:
+                now = time.monotonic()
+                if (stopped := now - looked - _STOPPED_SECONDS) > 0:
+                    end += stopped  # answers may have come that nothing has read
+                    if activity is not None:
+                        activity.wake()
+                looked = now
+                if (left := end + queued - now) <= 0:
+                    break
                 ready = [key.data for key, _ in selector.select(min(left, _PAUSE_SECONDS))]
                 if watch and activity is None and not ready:
                     assert self._job is not None

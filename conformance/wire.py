@@ -48,6 +48,10 @@ class Channel:
     def close(self) -> None:
         self._link.close()
 
+    def round_trip(self) -> float:
+        """See `Link.round_trip`."""
+        return self._link.round_trip()
+
     def send(
         self,
         content: dict[str, Any],

@@ -23,6 +23,8 @@ _MAX_LENGTH = 512 << 20  # bytes; the largest answers have a few megabytes
 _PIECE = 1 << 18  # bytes that are read at once
 _KEEP_ALIVE_SECONDS = 10  # between signs of life while nothing is sent
 _LOST_SECONDS = 40  # without a sign of life, after which the other side is gone
+_MIN_RTT = struct.Struct("148xI")  # of struct tcp_info in linux/tcp.h, in microseconds
+_NO_RTT = 0xFFFFFFFF  # nothing has come back yet
 
 
 class WireError(ValueError):
@@ -113,6 +115,15 @@ class Link:
 
     def close(self) -> None:
         self._socket.close()
+
+    def round_trip(self) -> float:
+        """The seconds that bytes take to the other side and back at best; 0 if unknown."""
+        if sys.platform == "linux":
+            found = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.size)
+            if len(found) == _MIN_RTT.size:  # since Linux 4.6
+                microseconds: int = _MIN_RTT.unpack(found)[0]
+                return 0.0 if microseconds == _NO_RTT else microseconds / 1e6
+        return 0.0
 
     def send(self, message: bytes, seconds: float | None = None) -> None:
         """Send a message.

@@ -108,10 +108,14 @@ def free_port(host: str = LOOP_BACK) -> int:
 
 
 def machine() -> str:
-    """The machine of this process: in one machine, numbers of processes name the same ones."""
+    """The machine of this process.
+
+    In one machine, numbers of processes name the same ones, and what one process sends to another
+    arrives at once. So two network namespaces are two machines: their link may be slow.
+    """
     with contextlib.suppress(OSError):
         started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{started} {os.readlink('/proc/self/ns/pid')}"
+        return " ".join([started, *(os.readlink(f"/proc/self/ns/{of}") for of in ("pid", "net"))])
     return socket.gethostname()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from audit.hosts import ADDRESSES, TwoHosts, why_not
+from syncbn import reports
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +60,33 @@ def left(mark: str) -> list[int]:
             if mark.encode() in place.read_bytes().split(b"\0"):
                 found.append(int(place.parent.name))
     return found
+
+
+def verdicts(out: Path, on: TwoHosts | None = None) -> dict[str, tuple[str, float | None]]:
+    """Verdict and ratio of each case of a short run on 4 ranks, here or on two hosts."""
+    words = [sys.executable, "-m", "syncbn.conformance", "run", "--target", "syncbn.torch"]
+    words += ["--ranks", "4", "--profile", "smoke", "--clause", "GRAD-1,ERR-6,ERR-9"]
+    words += ["--oracle", "none", "--out", str(out)]
+    if on is not None:
+        words += ["--launcher", "torchrun", "--nodes", "2", "--hosts", ",".join(ADDRESSES)]
+        words += ["--listen", f"{ADDRESSES[0]}:0", "--agent", shlex.join(on.agent)]
+        words = on.on_the_first(words)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    report = reports.load(out / "report.json")
+    assert done.returncode == 0, [case["message"] for case in report["cases"]]
+    assert report["restarts"] == []
+    return {case["id"]: (case["verdict"], case["ratio"]) for case in report["cases"]}
+
+
+def test_a_slow_link_that_loses_packets_changes_no_verdict(tmp_path: Path) -> None:
+    """200 ms in each direction, and 5 % of the packets lost. ERR-9 takes more than the 20 s that a
+    case has on a fast link, and all ranks sleep for more than the second that means a hang there.
+    """
+    if reason := why_not(delay=0.2):
+        pytest.skip(reason)
+    with TwoHosts("slow", delay=0.2) as slow:
+        slow.lose(5)
+        assert verdicts(tmp_path / "slow", slow) == verdicts(tmp_path / "local")
 
 
 def test_a_link_that_is_cut_costs_a_case(hosts: TwoHosts, tmp_path: Path) -> None:

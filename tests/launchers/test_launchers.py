@@ -78,6 +78,20 @@ while sorted(job.ended()) != [0, 1]:
 os.kill(os.getpid(), 9)
 """
 
+JUDGE = """
+import sys
+from syncbn.conformance import runner, targets
+from syncbn.conformance.case import Case, Step
+from syncbn.conformance.pool import RankPool
+
+step = Step(((2, 64, 3), (3, 64, 3)))
+case = Case("FWD-1", "waits", 2, {"num_features": 64}, (step,), ("y",), deadline=2.0)
+with RankPool(targets.parse("torch:tests/launchers/slow.py:Waits"), 2, sys.argv[1]) as pool:
+    pool.start()
+    verdict = runner.run_case(pool, case).verdict
+    print(verdict.verdict, verdict.message, pool.starts)
+"""
+
 
 def processes(mark: str, without: str = "") -> list[int]:
     """The processes started with this mark in the environment, by themselves or by an ancestor.
@@ -363,3 +377,26 @@ def test_msrun_without_mindspore(
         "pip install 'syncbn[mindspore]'"
     )
     assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_a_controller_that_is_stopped_judges_what_has_come_meanwhile(
+    launcher: str, tmp_path: Path
+) -> None:
+    """For longer than the deadline of the case. The ranks have answered, so none hangs."""
+    file, mark = tmp_path / "in a backward", f"stopped-{launcher}"
+    controller = subprocess.Popen(
+        [sys.executable, "-c", JUDGE, launcher],
+        cwd=ROOT,
+        env=os.environ | {"SLOW_FILE": str(file), "PYTHONPATH": str(ROOT), MARK: mark},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(file.exists)
+    controller.send_signal(signal.SIGSTOP)
+    file.unlink()
+    time.sleep(4.0)
+    controller.send_signal(signal.SIGCONT)
+    said, _ = controller.communicate(timeout=60)
+    assert said == "pass None 1\n"
+    assert processes(mark) == []
