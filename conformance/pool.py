@@ -509,12 +509,13 @@ def _same_versions(loaded: list[Message]) -> dict[str, str]:
     """
     first = loaded[0].content
     for rank, answer in enumerate(loaded):
-        for name, version in answer.content["versions"].items():
-            if version != first["versions"].get(name):
+        own, others = answer.content["versions"], first["versions"]
+        for name in {**others, **own}:
+            if own.get(name) != others.get(name):
                 raise StartError(
                     f"all ranks must have the same versions, but rank 0 on {first['host']} has "
-                    f"{name} {first['versions'].get(name)}, and rank {rank} on "
-                    f"{answer.content['host']} has {version}"
+                    f"{name} {others.get(name, 'unknown')}, and rank {rank} on "
+                    f"{answer.content['host']} has {own.get(name, 'unknown')}"
                 )
     hosts = dict.fromkeys(answer.content["host"] for answer in loaded)
     return {**first["versions"], **({"hosts": ", ".join(hosts)} if len(hosts) > 1 else {})}

@@ -63,6 +63,8 @@ class TorchRank(Rank):
         if self.device.type == "cuda":
             versions["device"] = torch.cuda.get_device_name(self.device)
             versions["cuda"] = str(torch.version.cuda)
+        if self.collectives == "nccl":
+            versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         if self.device.type == "npu":
             versions["torch_npu"] = sys.modules["torch_npu"].__version__
         return versions

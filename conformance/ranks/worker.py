@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from syncbn.conformance import frameworks
 from syncbn.conformance.case import of_document
+from syncbn.conformance.ranks import drivers
 from syncbn.conformance.ranks.base import MachineError, Rank
 from syncbn.conformance.wire import Channel, Message
 from syncbn.extras import require
@@ -43,7 +44,8 @@ def serve(channel: Channel, rank: int, ranks: int, local_rank: int) -> None:
         try:
             if content["do"] == "load":
                 member = _load(content["target"], rank, ranks, local_rank)
-                answer = {"versions": member.versions(), "host": socket.gethostname()}
+                found = member.versions() | drivers.versions(content["target"]["device"])
+                answer = {"versions": found, "host": socket.gethostname()}
             elif member is None:
                 raise RuntimeError("the first job must be to load a target")
             elif content["do"] == "sources":

@@ -16,6 +16,7 @@ import pytest
 from syncbn.conformance import runner, targets
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool, StartError, _same_versions
+from syncbn.conformance.ranks import drivers
 from syncbn.conformance.wire import Message
 from syncbn.launchers import LAUNCHERS, engine
 from syncbn.launchers.site import Site
@@ -154,6 +155,58 @@ def test_another_version_of_the_framework_is_refused_by_name() -> None:
     }
     with pytest.raises(StartError, match=r"rank 0 on a has torch 2\.13, and rank 1 on b has 2\.12"):
         _same_versions([loaded("a", "2.13"), loaded("b", "2.12")])
+
+
+@pytest.mark.parametrize("second", ["24.1.rc2", ""])
+def test_another_driver_is_refused_by_name(
+    second: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank has another one, or none that can be read."""
+    for local_rank, version in enumerate(("24.1.rc3", second)):
+        tmp_path.joinpath(f"version.{local_rank}").write_text(f"Version={version}\n")
+    monkeypatch.setenv("DRIVER_FILE", str(tmp_path / "version"))
+    target = targets.parse("syncbn.torch", setup="tests/launchers/driver.py:of_rank")
+    with (
+        RankPool(target, 2) as pool,
+        pytest.raises(
+            StartError,
+            match=rf"rank 0 on \S+ has ascend driver 24\.1\.rc3, and rank 1 on \S+ has "
+            rf"{second or 'unknown'}$",
+        ),
+    ):
+        pool.start()
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "text", "version"),
+    [
+        (
+            "cuda",
+            "nvidia driver",
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC\n"
+            "GCC version:  gcc version 12.3.0\n",
+            "535.104.05",
+        ),
+        (
+            "cuda",
+            "nvidia driver",
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build\n",
+            "550.54.15",
+        ),
+        ("npu", "cann", "package_name=Ascend-cann-toolkit\nversion=8.5.0\narch=x86_64\n", "8.5.0"),
+    ],
+)
+def test_the_version_of_a_driver_is_read(
+    device: str, name: str, text: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patterns = {found: pattern for found, _, pattern in drivers.FILES[device]}
+    (tmp_path / "info").write_text(text)
+    file = (name, "{ASCEND_HOME_PATH}/info", patterns[name])
+    monkeypatch.setitem(drivers.FILES, device, (file,))
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    assert drivers.versions(device) == {name: version}
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "nowhere"))
+    assert drivers.versions(device) == {}
 
 
 def test_an_engine_that_cannot_start_names_the_host_and_the_reason() -> None:
