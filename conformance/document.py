@@ -121,8 +121,8 @@ def _check_arguments(layer: dict[str, Any], where: str) -> None:
         raise CaseError(f"num_features of {where} must be an int from 1 to 2^20, got {features!r}")
     eps: Any = layer.get("eps", 1e-5)
     momentum: Any = layer.get("momentum", 0.1)
-    if not _is(eps, (int, float)) or not 0 <= eps <= 1e30:
-        raise CaseError(f"eps of {where} must be a number from 0 to 1e30, got {eps!r}")
+    if not isinstance(eps, float) or not 0 <= eps <= 1e30:
+        raise CaseError(f"eps of {where} must be a float from 0 to 1e30, got {eps!r}")
     if momentum is not None and (not _is(momentum, (int, float)) or not 0 <= momentum <= 1):
         raise CaseError(f"momentum of {where} must be null or from 0 to 1, got {momentum!r}")
     for name in ("affine", "track_running_stats"):
