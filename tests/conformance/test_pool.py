@@ -74,6 +74,17 @@ def test_a_bad_case_costs_one_case() -> None:
     assert not any(alive(pid) for pid in left)
 
 
+def test_ranks_that_wait_for_one_that_has_left_cost_seconds() -> None:
+    """Each time new ranks start; --max-hangs ends that."""
+    step = Step(((3, 3, 3), (3, 3, 3)))
+    cases = [replace(case(3), steps=(step,), seed=seed) for seed in range(3)]
+    with RankPool(targets.parse(f"{PLANTED}:LeavesItsPeers"), 2) as pool:
+        found = runner.run(pool, cases, lambda _: None, max_hangs=2)
+        assert pool.starts == 2
+    assert [one.verdict.verdict for one in found] == ["hang", "hang", "not-run"]
+    assert "rank 1 did not answer, and no rank did anything for 1" in str(found[0].verdict.message)
+
+
 def test_an_endless_loop_is_seen_by_the_time_of_its_processor() -> None:
     """However long the deadline is, and however busy the machine."""
     with RankPool(targets.parse(f"{PLANTED}:FailsByChannels"), 2) as pool:
