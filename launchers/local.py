@@ -20,7 +20,8 @@ from syncbn.launchers.site import LOOP_BACK, Site, SiteError
 
 _KEEPER = (sys.executable, "-m", "syncbn.launchers.keeper")
 _END_SECONDS = 10.0  # in which the keeper ends
-_ANSWER_SECONDS = 120.0  # in which the keeper answers; the first answer waits for its imports
+_START_SECONDS = 120.0  # in which the keeper imports a framework and starts ranks
+_ANSWER_SECONDS = 10.0  # in which it answers anything else
 
 
 class KeeperError(OSError):
@@ -67,7 +68,8 @@ class LocalLauncher:
                 "preload": list(preload),
                 "environment": dict(environment),
                 "places": places,
-            }
+            },
+            _START_SECONDS,
         )
         if failed:
             raise OSError(f"cannot start ranks: {failed}")
@@ -138,31 +140,39 @@ class _Connection:
             start_new_session=True,  # Ctrl-C in a terminal reaches only the controller
         )
         self._pending = b""
+        self._lost = ""  # why nothing waits for an answer again
 
     def lives(self) -> bool:
-        return self._process.poll() is None
+        return not self._lost and self._process.poll() is None
 
     def log(self) -> str:
         """What the keeper itself has written; nothing unless an import prints, or it fails."""
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
-    def request(self, request: dict[str, Any]) -> Any:
+    def request(self, request: dict[str, Any], seconds: float | None = None) -> Any:
         """The keeper's answer.
+
+        Args:
+            request: what it must do.
+            seconds: the time in which it must answer; None for _ANSWER_SECONDS.
 
         Raises:
             KeeperError: there is none.
         """
+        if self._lost:
+            raise KeeperError(self._lost)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            end = time.monotonic() + _ANSWER_SECONDS
+            end = time.monotonic() + (seconds or _ANSWER_SECONDS)
             while b"\n" not in self._pending:
                 left = end - time.monotonic()
                 if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
-                    raise KeeperError("the parent of the ranks does not answer")
+                    self._lost = "the parent of the ranks does not answer"
+                    raise KeeperError(self._lost)
                 piece = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not piece:
                     raise KeeperError(f"the parent of the ranks ended: {self._how_ended()}")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +25,7 @@ from syncbn.conformance.cases import catalogue
 from syncbn.conformance.pool import Outcome, RankPool
 from syncbn.conformance.verdict import Verdict
 
+ROOT = Path(__file__).parents[2]
 UNRULY = "torch:tests/conformance/unruly.py:Unruly"
 
 
@@ -59,6 +63,29 @@ def test_a_full_disk_is_an_error_of_the_machine(unruly: RankPool) -> None:
     found = judged(unruly, case(20))
     assert found.verdict == "error"
     assert "rank 1: the machine failed: [Errno 28] No space left on device" in str(found.message)
+
+
+def test_a_run_goes_on_when_the_disk_has_space_again(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "syncbn.conformance", "run", "--target", "syncbn.torch"]
+    words += ["--ranks", "1", "--profile", "smoke", "--oracle", "none", "--out", str(tmp_path)]
+    run, folder = f"{shlex.join(words)} >&2", shlex.quote(str(tmp_path))
+    script = f"""
+        mount -t tmpfs -o size=12k disk {folder} || exit 77
+        {run}
+        echo status $? >&2
+        mount -o remount,size=1m {folder}
+        {run} --resume && cat {folder}/report.json
+    """
+    own = ("unshare", "--mount", "sh", "-c", script)
+    done = subprocess.run(own, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 77 or done.stderr.startswith("unshare: "):
+        pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+    assert f"syncbn-conformance: cannot write reports to {tmp_path}: No space" in done.stderr
+    assert "\nstatus 2\n" in done.stderr
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["summary"]["verdict"] == "pass"
+    assert len(report["cases"]) == len(catalogue(1, "smoke"))
 
 
 @pytest.mark.parametrize(

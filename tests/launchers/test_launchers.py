@@ -20,9 +20,9 @@ from syncbn.conformance.__main__ import main
 from syncbn.conformance.case import Case, Step
 from syncbn.conformance.pool import RankPool
 from syncbn.conformance.targets import TargetError
-from syncbn.launchers import LAUNCHERS, Job
+from syncbn.launchers import LAUNCHERS, Job, local
 from syncbn.launchers.site import Site
-from tests.launchers.processes import parent
+from tests.launchers.processes import parent, wait_until_ended
 
 ROOT = Path(__file__).parents[2]
 MARK = f"SYNCBN_TEST_{os.getpid()}"  # these tests may run twice at the same time
@@ -400,3 +400,29 @@ def test_a_controller_that_is_stopped_judges_what_has_come_meanwhile(
     said, _ = controller.communicate(timeout=60)
     assert said == "pass None 1\n"
     assert processes(mark) == []
+
+
+def test_a_parent_of_the_ranks_that_is_stopped_is_named_and_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once it has not answered, nothing waits for it again, so the verdict is there in time."""
+    monkeypatch.setattr(local, "_ANSWER_SECONDS", 5.0)
+    step = Step(((2, 3, 3), (3, 3, 3)))
+    good = Case("FWD-1", "good", 2, {"num_features": 3}, (step,), ("y",))
+    with RankPool(targets.parse("syncbn.torch"), 2) as pool:
+        assert runner.run_case(pool, good).verdict.verdict == "pass"
+        assert pool._job is not None
+        ranks = pool._job.processes()
+        keeper = parent(ranks[1])
+        os.kill(keeper, signal.SIGSTOP)
+        os.kill(ranks[1], signal.SIGKILL)
+        began = time.monotonic()
+        found = runner.run_case(pool, good).verdict
+        seconds = time.monotonic() - began
+        assert (found.verdict, found.message) == (
+            "error",
+            "the parent of the ranks does not answer",
+        )
+        assert seconds < 15.0
+        wait_until_ended(keeper, *ranks.values())
+        assert runner.run_case(pool, good).verdict.verdict == "pass"

@@ -99,6 +99,28 @@ def test_a_keeper_that_is_stopped_is_named_and_ended(
         assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_is_killed_or_stopped_leaves_nothing(
+    launcher: str, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm ends the tasks of an srun that was killed. Otherwise the keepers go on alone."""
+    monkeypatch.setattr(engine, "_END_SECONDS", 1.0)
+    monkeypatch.setattr(engine, "_KILL_SECONDS", 3.0)
+    with RankPool(targets.parse("syncbn.torch"), 2, launcher) as pool:
+        assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+        assert pool._job is not None
+        left = [*keepers(pool), *pool._job.processes().values()]
+        (node,) = pool._job._keepers._nodes  # type: ignore[attr-defined]
+        os.kill(node._process.pid, how)
+        if launcher == "slurm" and how == signal.SIGKILL:
+            wait_until_ended(*left)
+            assert_an_error_of_the_machine(pool, GOOD)
+        else:
+            assert runner.run_case(pool, GOOD).verdict.verdict == "pass"
+            assert pool.starts == 1
+    wait_until_ended(*left)
+
+
 def test_what_the_engine_says_is_the_reason(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with RankPool(targets.parse("syncbn.torch"), 2, launcher) as pool:
