@@ -184,6 +184,13 @@ def _storm_options(parser: argparse.ArgumentParser) -> None:
         help="the share of forwards in which the layer misbehaves (default 0.02)",
     )
     parser.add_argument(
+        "--every",
+        type=float,
+        default=4.5,
+        metavar="SECONDS",
+        help="the mean time between two faults from outside (default 4.5)",
+    )
+    parser.add_argument(
         "--two-hosts",
         action="store_true",
         help="each run is on two hosts, as network namespaces, by torchrun; needs root",
@@ -198,6 +205,7 @@ def _storm(options: argparse.Namespace) -> int:
         ranks=options.ranks,
         profile=options.profile,
         rate=options.rate,
+        every=options.every,
         two_hosts=options.two_hosts,
         console=_console(),
     )

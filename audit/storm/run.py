@@ -33,6 +33,7 @@ _CACHES = (f"torchinductor_{getpass.getuser()}",)  # what PyTorch keeps for all 
 _LIMIT_SECONDS = 1200.0  # for one run
 _EARLY = 0.3  # the share of runs that have faults from their start, not from their first result
 _MOST_FAULTS = 30  # from outside in one run, so that it comes to its end
+_TRIES = 10  # to find a fault that has something to hit
 
 
 def main(
@@ -42,6 +43,7 @@ def main(
     ranks: int,
     profile: str,
     rate: float,
+    every: float,
     two_hosts: bool,
     console: Console,
 ) -> int:
@@ -53,6 +55,7 @@ def main(
         ranks: of each run.
         profile: of each run.
         rate: how many forwards in one have a fault from inside.
+        every: the mean seconds between two faults from outside.
         two_hosts: whether each run is on two hosts, as network namespaces, by torchrun.
         console: where to print.
 
@@ -61,22 +64,30 @@ def main(
     """
     if two_hosts and (reason := why_not()):
         raise ConformanceError(f"a storm on two hosts {reason}")
-    end, runs, broken = time.monotonic() + 60 * minutes, 0, 0
+    began, runs, broken, restarts = time.monotonic(), 0, 0, 0
+    end = began + 60 * minutes
     verdicts: Counter[str] = Counter()
     faults: Counter[str] = Counter()
     with TwoHosts() if two_hosts else OneMachine() as place:
         while runs == 0 or time.monotonic() < end:
-            one = _Run(f"{seed}-{runs}", ranks, profile, rate, place)
+            one = _Run(f"{seed}-{runs}", ranks, profile, rate, every, place)
             promises = one.run()
             runs, broken = runs + 1, broken + bool(promises)
+            restarts += one.restarts
             verdicts += one.verdicts
             faults.update(one.sent)
             for promise in promises:
                 console.print(f"run {one.name}: {promise}", style="bold red", highlight=False)
             if promises:
                 console.print(f"after {', '.join(one.sent)}", highlight=False)
-    console.print(f"{runs} runs of {profile} on {ranks} ranks, {broken} broke a promise")
-    console.print("faults from outside: " + _counts(faults), highlight=False)
+    seconds = time.monotonic() - began
+    console.print(
+        f"{runs} runs of {profile} on {ranks} ranks in {seconds / 60:.1f} minutes, "
+        f"{broken} broke a promise; the ranks started again {restarts} times",
+        highlight=False,
+    )
+    pace = f"{faults.total()}, one in {seconds / max(1, faults.total()):.1f} s"
+    console.print(f"faults from outside: {pace}: {_counts(faults)}", highlight=False)
     console.print("verdicts: " + _counts(verdicts), highlight=False)
     return 1 if broken else 0
 
@@ -94,9 +105,12 @@ class _Run:
         ranks: int,
         profile: str,
         rate: float,
+        every: float,
         place: OneMachine | TwoHosts,
     ) -> None:
         self.name = name
+        self.restarts = 0  # of the ranks
+        self._every = every
         self._place = place
         self.verdicts: Counter[str] = Counter()
         self.sent: list[str] = []  # the faults from outside
@@ -146,17 +160,23 @@ class _Run:
         started = self._random.random() < _EARLY
         while time.monotonic() < end:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return controller.wait(self._random.uniform(1.0, 8.0))
+                return controller.wait(self._random.uniform(0.2, 1.8) * self._every)
             started = started or _has_a_result(out / JOURNAL)
             if not started:
                 continue
             if len(self.sent) == _MOST_FAULTS:
                 continue
-            with contextlib.suppress(OSError, IndexError):
-                self.sent.append(self._place.hit(self._random, controller.pid))
+            self._hit(controller.pid)
         controller.kill()
         controller.wait()
         return None
+
+    def _hit(self, controller: int) -> None:
+        """Send one fault. Some have nothing to hit while ranks start."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(OSError, IndexError):
+                self.sent.append(self._place.hit(self._random, controller))
+                return
 
     def _judge(self, status: int, out: Path, text: str) -> Iterator[str]:
         """What is wrong with the report of a run that has ended by itself."""
@@ -182,6 +202,7 @@ class _Run:
             yield f"status {status} with the verdict {report['summary']['verdict']}; {text[-1000:]}"
         if "Traceback" in text:
             yield f"a traceback: {text[-1000:]}"
+        self.restarts = len(report["restarts"])
         self.verdicts.update(case["verdict"] for case in report["cases"])
 
     def _left(self) -> list[str]:

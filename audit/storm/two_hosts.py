@@ -91,7 +91,7 @@ class TwoHosts:
 
     def _lose_packets(self, choose: random.Random, _: int) -> None:
         self._hosts.lose(5)
-        time.sleep(choose.uniform(5.0, 15.0))
+        time.sleep(choose.uniform(1.0, 5.0))
         self._hosts.lose(0)
 
     def _pause_the_controller(self, _: random.Random, controller: int) -> None:

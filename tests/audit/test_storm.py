@@ -19,22 +19,23 @@ def test_a_storm_breaks_no_promise() -> None:
     output = io.StringIO()
     console = Console(file=output, width=200)
     run = functools.partial(main, minutes=0.0, seed=7, ranks=2, profile="smoke", rate=0.1)
-    status = run(two_hosts=False, console=console)
+    status = run(every=4.5, two_hosts=False, console=console)
     shown = output.getvalue()
     assert status == 0, shown
-    assert "1 runs of smoke on 2 ranks, 0 broke a promise" in shown
+    assert "1 runs of smoke on 2 ranks in " in shown
+    assert "0 broke a promise" in shown
     assert "verdicts: " in shown
 
 
 def test_a_process_that_is_left_breaks_a_promise() -> None:
     command = [sys.executable, "-c", "import time; time.sleep(300)", storm.SLEEP]
     with subprocess.Popen(command) as left:
-        run = _Run("left", 2, "smoke", 0.0, OneMachine())
+        run = _Run("left", 2, "smoke", 0.0, 4.5, OneMachine())
         assert left.pid in run._processes()
         left.kill()
 
 
 def test_a_lost_report_breaks_a_promise(tmp_path: Path) -> None:
-    run = _Run("lost", 2, "smoke", 0.0, OneMachine())
+    run = _Run("lost", 2, "smoke", 0.0, 4.5, OneMachine())
     (broken,) = run._judge(0, tmp_path, "")
     assert broken.startswith("no report, status 0: ")
