@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -96,6 +97,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         _wait(lambda: _idle(environment) == len(NODES), folder)
         yield environment
     finally:
+        _end_steps(environment)
         for process in reversed(started):
             process.terminate()
         for process in reversed(started):
@@ -103,6 +105,25 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
                 process.wait(10)
             process.kill()
             process.wait()
+
+
+def _end_steps(environment: dict[str, str]) -> None:
+    """Wait until the daemons of all steps have ended, for which they need slurmctld."""
+    end = time.monotonic() + 20
+    while (steps := list(_steps(environment))) and time.monotonic() < end:
+        time.sleep(0.1)
+    for step in steps:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(step, signal.SIGKILL)
+
+
+def _steps(environment: dict[str, str]) -> Iterator[int]:
+    mark = f"SLURM_CONF={environment['SLURM_CONF']}".encode()
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            step = (place / "cmdline").read_bytes().startswith(b"slurmstepd")
+            if step and mark in (place / "environ").read_bytes().split(b"\0"):
+                yield int(place.name)
 
 
 def _idle(environment: dict[str, str]) -> int:
