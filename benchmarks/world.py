@@ -6,6 +6,9 @@ accelerator, with running statistics that move. Timed is the merge alone, in one
 is that of mean and variance against NumPy's float64 on all values together: of the mean in standard
 deviations, of the variance relative to it; the largest of all channels.
 
+There are two kinds of shards. Generated ones have a large mean. Recorded ones are the inputs of the
+second normalization of a small network in a training step on handwritten digits, two for each rank.
+
     python -m benchmarks.world
 """
 
@@ -13,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks.layer import environment
 from syncbn.torch import messages
@@ -26,27 +31,51 @@ from syncbn.torch.backends import Running, composed
 RANKS = (2, 8, 64, 512, 4096)
 SHARD = (2, 256, 32)  # of a rank, (R, C, S)
 MEAN = 1000.0  # in standard deviations
+IMAGES = 2  # of a rank in the recorded step
 EPS = 1e-5
 OUT = Path(__file__).parent / "out" / "world.json"
 
 
-def payloads(ranks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The messages of all ranks in float64, and mean and variance of all values together."""
-    rows, channels, places = SHARD
-    table, shards = [], []
+def generated(ranks: int) -> Iterator[Tensor]:
+    """The shards of all ranks."""
     for rank in range(ranks):
         torch.manual_seed(rank)
-        x = torch.randn(SHARD) + MEAN
-        words = messages.first_words([0.0] * (messages.WORDS - 2), rows * places, ranks)
+        yield torch.randn(SHARD) + MEAN
+
+
+@torch.no_grad()
+def recorded(ranks: int) -> Iterator[Tensor]:
+    """The shards of all ranks, (IMAGES, C, 4, 4).
+
+    The step is that of one process on the batch of all ranks, which the ranks together must equal.
+    """
+    from sklearn.datasets import load_digits
+
+    torch.manual_seed(0)
+    images = torch.from_numpy(load_digits().images / 16).float().unsqueeze(1)
+    batch = images[torch.randint(len(images), (ranks * IMAGES,))]
+    first = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+    second = nn.Conv2d(64, SHARD[1], 3, stride=2, padding=1)
+    yield from second(first(batch)).split(IMAGES)
+
+
+def payloads(ranks: int, shards: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The messages of all ranks in float64, and mean and variance of all values together."""
+    table, values = [], []
+    for x in shards:
+        count = x.numel() // x.shape[1]
+        words = messages.first_words([0.0] * (messages.WORDS - 2), count, ranks)
         table.append(composed.pack_stats(x, torch.tensor(words, dtype=torch.float64)))
-        shards.append(x.double().transpose(0, 1).reshape(channels, -1))
-    values = torch.cat(shards, 1).numpy()
-    return torch.stack(table), torch.from_numpy(values.mean(1)), torch.from_numpy(values.var(1))
+        values.append(x.double().transpose(0, 1).flatten(1))
+    whole = torch.cat(values, 1).numpy()
+    return torch.stack(table), torch.from_numpy(whole.mean(1)), torch.from_numpy(whole.var(1))
 
 
-def measure(ranks: int, repeat: int) -> list[dict[str, Any]]:
+def measure(
+    ranks: int, repeat: int, shards: Callable[[int], Iterable[Tensor]] = generated
+) -> list[dict[str, Any]]:
     """One record for each dtype of the statistics."""
-    exact, mean, var = payloads(ranks)
+    exact, mean, var = payloads(ranks, shards(ranks))
     records = []
     for dtype in (torch.float64, torch.float32):
         table = exact.to(dtype)
@@ -83,16 +112,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="(default benchmarks/out/world.json)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    records = [r for ranks in RANKS if ranks <= args.most for r in measure(ranks, args.repeat)]
-    for record in records:
-        print(record)
+    worlds = [ranks for ranks in RANKS if ranks <= args.most]
+    found = {
+        name: [record for ranks in worlds for record in measure(ranks, args.repeat, shards)]
+        for name, shards in (("records", generated), ("recorded", recorded))
+    }
+    for name, records in found.items():
+        for record in records:
+            print(name, record)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "environment": environment(),
         "words": messages.WORDS,
         "shard": SHARD,
         "mean": MEAN,
-        "records": records,
+        **found,
     }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -27,6 +27,14 @@ def test_the_merge_stays_exact_as_the_world_grows() -> None:
         assert in_float32["var_error"] < 1e-4
 
 
+def test_the_merge_of_a_recorded_step_stays_exact() -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    for ranks in (2, 64):
+        in_float64, in_float32 = world.measure(ranks, 1, world.recorded)
+        assert max(in_float64["mean_error"], in_float64["var_error"]) < 1e-12
+        assert max(in_float32["mean_error"], in_float32["var_error"]) < 1e-4
+
+
 def test_the_plot_of_the_kept_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     records = json.loads(world_plot.KEPT.read_text())["records"]
@@ -35,7 +43,7 @@ def test_the_plot_of_the_kept_figures(tmp_path: Path) -> None:
 
 
 def test_every_rank_sends_a_share_of_n_and_of_n_minus_1() -> None:
-    table, _, _ = world.payloads(64)
+    table, _, _ = world.payloads(64, world.generated(64))
     n = 64 * world.SHARD[0] * world.SHARD[2]
     torch.testing.assert_close(table[:, 10:12].sum(0), torch.tensor([n, n - 1.0]).double())
 
