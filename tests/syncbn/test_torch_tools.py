@@ -387,6 +387,17 @@ class TestBatchStatistics:
             gradients.append(torch.autograd.grad(module(x), wanted, rows, is_grads_batched=True))
         torch.testing.assert_close(gradients[0], gradients[1])
 
+    def test_gradients_in_vmap(self) -> None:
+        layer = make_layer()
+        rows = torch.stack([randn(*X.shape, seed=seed) for seed in (2, 3, 4)])
+        gradients = []
+        for module in (layer, batch_norm_of(layer)):
+            x = X.clone().requires_grad_()
+            y, wanted = module(x), [x, *module.parameters()]
+            of_row = functools.partial(torch.autograd.grad, y, wanted, retain_graph=True)
+            gradients.append(torch.vmap(lambda row, of=of_row: of(row))(rows))
+        torch.testing.assert_close(gradients[0], gradients[1])
+
     def test_hessian(self) -> None:
         layer = make_layer(dtype=torch.float64)
         read_out = randn(*X.shape, dtype=torch.float64, seed=5)
