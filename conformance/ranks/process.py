@@ -147,6 +147,7 @@ _SETTINGS = (
     Setting(
         "sys.path", lambda: list(sys.path), lambda path: sys.path.__setitem__(slice(None), path)
     ),
+    Setting("the errors of NumPy", np.geterr, lambda errors: np.seterr(**errors)),
     Setting("stdout and stderr", lambda: (_is_open(1), _is_open(2))),
     Setting("the threads of Python", lambda: sorted(t.name for t in threading.enumerate())),
 )

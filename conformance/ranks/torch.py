@@ -260,6 +260,11 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), warns
 
 
+def _flushes_denormals() -> bool:
+    """Whether this process takes numbers below the normal ones for 0, which torch does not tell."""
+    return not (torch.tensor(1e-310, dtype=torch.float64) * 1.0).item()
+
+
 _SETTINGS = (
     Setting("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Setting("the default device", torch.get_default_device, torch.set_default_device),
@@ -272,6 +277,7 @@ _SETTINGS = (
         _deterministic,
         lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
+    Setting("denormal numbers", _flushes_denormals, torch.set_flush_denormal),
     Setting("the default process group", _default_group),
 )
 

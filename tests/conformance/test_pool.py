@@ -143,8 +143,9 @@ def test_a_busy_machine_changes_no_result() -> None:
 
 
 RESTORED = (
-    "rank 1: the environment, the working directory, the umask, sys.path, the default dtype, "
-    "grad mode, autocast, the number of threads, deterministic algorithms"
+    "rank 1: the environment, the working directory, the umask, sys.path, the errors of "
+    "NumPy, the default dtype, grad mode, autocast, the number of threads, deterministic "
+    "algorithms, denormal numbers"
 )
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -76,6 +77,8 @@ def changes(_: Tensor) -> None:
     torch.set_grad_enabled(False)
     torch.set_autocast_enabled("cpu", True)
     torch.use_deterministic_algorithms(True)
+    torch.set_flush_denormal(True)
+    np.seterr(all="raise")
     torch.manual_seed(0)
     os.environ["PLANTED"] = "1"
     os.environ["SYNCBN_BACKEND"] = "none"
