@@ -144,6 +144,7 @@ class RankPool:
         self._launcher: Launcher = LAUNCHERS[launcher](site)
         self._job: Job | None = None
         self._channels: list[Channel] = []
+        self._hosts: list[str] = []  # by rank, if there are several
         self._must_rejoin = False
 
     def __enter__(self) -> RankPool:
@@ -175,6 +176,8 @@ class RankPool:
                 self._channels = self._receive_ranks(reception)
             loaded = self._all({"do": "load", "target": self.target.document}, _START_SECONDS)
             self.versions = _same_versions(loaded)
+            hosts = [answer.content["host"] for answer in loaded]
+            self._hosts = hosts if len(set(hosts)) > 1 else []
             self._join(_START_SECONDS)
         except OSError as error:
             self.close()
@@ -458,13 +461,15 @@ class RankPool:
             self._job.dump_stacks()
             time.sleep(_STACK_SECONDS)
         parts = [
-            f"rank {rank} sent what is no message: {sent}" if sent else self._lost([rank], "died")
+            f"{self._named([rank])} sent what is no message: {sent}"
+            if sent
+            else self._lost([rank], "died")
             for rank, sent in sorted(crashed.items())
         ]
         parts += [self._lost([rank], why) for rank in hung]
         for rank, answer in enumerate(answers):
             for error in _errors(answer):
-                parts.append(f"rank {rank} raised {error}")
+                parts.append(f"{self._named([rank])} raised {error}")
         return "; ".join(parts)
 
     def _lost(self, ranks: list[int], how: str) -> str:
@@ -474,8 +479,12 @@ class RankPool:
         output = "\n".join(self._job.output(rank) for rank in ranks)
         lines = [line.strip() for line in output.splitlines() if line.strip()]
         shown = [*sorted(ended), *_place(lines)]
-        names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-        return f"{names} {how}" + (f" ({' / '.join(shown)})" if shown else "")
+        return f"{self._named(ranks)} {how}" + (f" ({' / '.join(shown)})" if shown else "")
+
+    def _named(self, ranks: list[int]) -> str:
+        """Ranks, with their hosts if there are several."""
+        names = [f"{rank} on {self._hosts[rank]}" if self._hosts else str(rank) for rank in ranks]
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(names)}"
 
     def _how_ended(self, ranks: list[int]) -> set[str]:
         """The connection of a process ends before the process; so wait a moment."""

@@ -32,6 +32,7 @@ from syncbn.launchers.site import LOOP_BACK, Site, is_here, machine, versions
 
 _START_SECONDS = 120.0  # in which all keepers connect, and in which each imports a framework
 _ANSWER_SECONDS = 10.0  # in which a keeper answers anything else
+_FAREWELL_SECONDS = 1.0  # in which a keeper takes the last request
 _END_SECONDS = 10.0  # in which the engine ends after its keepers
 _KILL_SECONDS = 40.0  # in which it ends what did not end by itself; torchrun gives that 30 s
 _LEFT_SECONDS = 10.0  # in which a machine ends keepers that its engine has left
@@ -300,6 +301,8 @@ class Keepers:
     def close(self) -> None:
         """End all keepers, each of which ends its rank first, and the engine."""
         for link in self._links.values():
+            with contextlib.suppress(OSError):  # it is lost
+                link.send(json.dumps({"do": "end"}).encode(), _FAREWELL_SECONDS)
             link.close()
         ended = [node.close() for node in self._nodes]
         if not all(ended):

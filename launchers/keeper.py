@@ -131,12 +131,14 @@ class Keeper:
         self._connection = connection
         self._environment = environment
         self._ranks: list[_Rank] = []
+        self._ends = False  # whether the controller has said that it is about to end
         self._selector = selectors.PollSelector()
         self._selector.register(connection, selectors.EVENT_READ)
         if guard is not None:
             self._selector.register(guard, selectors.EVENT_READ)
 
-    def serve(self) -> None:
+    def serve(self) -> bool:
+        """Returns whether the controller has said that it is about to end."""
         while True:
             ready = [key.fd for key, _ in self._selector.select(_TICK_SECONDS)]
             for rank in self._ranks:
@@ -145,7 +147,7 @@ class Keeper:
             self._reap()
             if self._guard in ready:
                 self.end_all()
-                return
+                return self._ends
             if self._connection.fileno() not in ready:
                 continue
             try:
@@ -153,7 +155,7 @@ class Keeper:
                     self._connection.answer(json.dumps(self._do(json.loads(request))).encode())
             except (EOFError, OSError, WireError):  # the controller has ended
                 self.end_all()
-                return
+                return self._ends
 
     def _do(self, request: dict[str, Any]) -> Any:
         if request["do"] == "start":
@@ -172,6 +174,7 @@ class Keeper:
                 if rank.status is None:
                     os.kill(rank.pid, request["signal"])
             return None
+        self._ends = request["do"] == "end"
         self.end_all()
         return None
 
@@ -396,11 +399,13 @@ def main(arguments: Sequence[str]) -> None:
     _control(_PR_SET_CHILD_SUBREAPER, 1)
     keeper = Keeper(connection, environment, guard)
     try:
-        keeper.serve()
+        ends = keeper.serve()
     except BaseException:
         keeper.end_all()
         raise
-    os._exit(0)  # without the slow farewell of a framework
+    # An engine ends at once only if a keeper fails: torchrun waits 300 s for nodes that are lost.
+    # `_exit` is without the slow farewell of a framework.
+    os._exit(0 if ends or not arguments else 1)
 
 
 if __name__ == "__main__":

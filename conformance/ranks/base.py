@@ -10,6 +10,7 @@ import copy
 import errno
 import inspect
 import os
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -548,6 +549,6 @@ def _check_machine(error: BaseException | None) -> None:
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-            raise MachineError(f"the machine failed: {error}") from error
+            raise MachineError(f"the machine {socket.gethostname()} failed: {error}") from error
         chain.append(error)
         error = error.__cause__ or error.__context__

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,7 +63,8 @@ def test_a_case_that_the_suite_cannot_make_is_an_error(unruly: RankPool) -> None
 def test_a_full_disk_is_an_error_of_the_machine(unruly: RankPool) -> None:
     found = judged(unruly, case(20))
     assert found.verdict == "error"
-    assert "rank 1: the machine failed: [Errno 28] No space left on device" in str(found.message)
+    where = f"rank 1: the machine {socket.gethostname()} failed: "
+    assert f"{where}[Errno 28] No space left on device" in str(found.message)
 
 
 def test_a_run_goes_on_when_the_disk_has_space_again(tmp_path: Path) -> None:

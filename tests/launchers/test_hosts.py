@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from audit.hosts import ADDRESSES, TwoHosts, why_not
 from syncbn import reports
+from tests.launchers.processes import parent
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,9 +91,24 @@ def test_a_slow_link_that_loses_packets_changes_no_verdict(tmp_path: Path) -> No
         assert verdicts(tmp_path / "slow", slow) == verdicts(tmp_path / "local")
 
 
+def rank_of(keeper: int) -> int:
+    """The process of a rank."""
+    return int(Path(f"/proc/{keeper}/task/{keeper}/children").read_text())
+
+
+def keeper_of(rank: int, mark: str) -> int:
+    """The process that keeps a rank: its parent is torchrun, which has no rank."""
+    for pid in left(mark):
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        above = Path(f"/proc/{parent(pid)}/environ").read_bytes()
+        if f"RANK={rank}".encode() in words and b"\0RANK=" not in above:
+            return pid
+    raise AssertionError("it is not there")
+
+
 def test_a_link_that_is_cut_costs_a_case(hosts: TwoHosts, tmp_path: Path) -> None:
-    """Two nodes, four ranks. Lost packets cost nothing. After a cut there is a verdict in time, and
-    all is well when the link is back."""
+    """Two nodes, four ranks. A rank that is killed is named with its host. Lost packets cost
+    nothing. After a cut there is a verdict in time, and all is well when the link is back."""
     reached = tmp_path / "in a backward"
     mark = f"SLOW_FILE={reached}"
     command = [sys.executable, "-c", CONTROLLER, *ADDRESSES, *hosts.agent]
@@ -110,6 +127,9 @@ def test_a_link_that_is_cut_costs_a_case(hosts: TwoHosts, tmp_path: Path) -> Non
         print(3, file=cases, flush=True)
         assert verdicts.readline().startswith("pass")
         assert len(left(mark)) >= 10  # ranks, keepers and torchrun on both hosts
+        os.kill(rank_of(keeper_of(3, mark)), signal.SIGKILL)
+        print(3, file=cases, flush=True)
+        assert verdicts.readline().startswith("crash rank 3 on b.test died (signal 9, SIGKILL")
         hosts.lose(5)
         print(3, file=cases, flush=True)
         assert verdicts.readline().startswith("pass")

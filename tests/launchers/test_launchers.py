@@ -78,6 +78,17 @@ while sorted(job.ended()) != [0, 1]:
 os.kill(os.getpid(), 9)
 """
 
+LOSES_A_NODE = """
+import os, signal, sys, time
+from syncbn.launchers import LAUNCHERS
+from syncbn.launchers.site import LOOP_BACK, Site
+mark, value = sys.argv[1:]
+launcher = LAUNCHERS["torchrun"](Site(2, (LOOP_BACK, LOOP_BACK)))
+job = launcher.start(["sleep", "1000"], 2, {mark: value})
+os.kill(launcher._keepers._nodes[1]._process.pid, signal.SIGKILL)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 JUDGE = """
 import sys
 from syncbn.conformance import runner, targets
@@ -377,6 +388,14 @@ def test_msrun_without_mindspore(
         "pip install 'syncbn[mindspore]'"
     )
     assert not (tmp_path / "report.json").exists()
+
+
+def test_a_torchrun_does_not_wait_for_a_lost_node_when_the_controller_is_killed() -> None:
+    """Which it does for 300 s if its own keepers end well."""
+    mark = "lost node"
+    command = [sys.executable, "-c", LOSES_A_NODE, MARK, mark]
+    assert subprocess.Popen(command, cwd=ROOT).wait(120) == -signal.SIGKILL
+    wait_until(lambda: processes(mark) == [])
 
 
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
