@@ -30,7 +30,6 @@ combine = composed.combine
 combine_ranks = composed.combine_ranks
 
 _PART = 2**16  # values for which a thread is worth its start
-_TOGETHER = 4  # rows that are added up before their sums are written
 
 # NumPy has no bfloat16, and Numba computes with no half on CPU. So the loops get their bits.
 _BITS = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}
@@ -210,32 +209,21 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _add_up(a: Any, b: Any, from_a: Any, from_b: Any) -> Any:
     """The sums of a - from_a, and of its products with b - from_b: (2, C)."""
     sums = np.zeros((2, a.shape[1]))
-    if a.ndim == 3:
-        for r in range(a.shape[0]):
-            for c in range(a.shape[1]):
+    totals, products = sums[0], sums[1]
+    for r in range(a.shape[0]):
+        for c in range(a.shape[1]):
+            if a.ndim == 2:
+                away = _load(a[r, c]) - from_a[c]
+                totals[c] += away
+                products[c] += away * (_load(b[r, c]) - from_b[c])
+            else:
                 total = product = 0.0
                 for s in range(a.shape[2]):
                     away = _load(a[r, c, s]) - from_a[c]
                     total += away
                     product += away * (_load(b[r, c, s]) - from_b[c])
-                sums[0, c] += total
-                sums[1, c] += product
-        return sums
-    whole = a.shape[0] - a.shape[0] % _TOGETHER
-    for first in range(0, whole, _TOGETHER):
-        for c in range(a.shape[1]):
-            total = product = 0.0
-            for r in range(_TOGETHER):
-                away = _load(a[first + r, c]) - from_a[c]
-                total += away
-                product += away * (_load(b[first + r, c]) - from_b[c])
-            sums[0, c] += total
-            sums[1, c] += product
-    for r in range(whole, a.shape[0]):
-        for c in range(a.shape[1]):
-            away = _load(a[r, c]) - from_a[c]
-            sums[0, c] += away
-            sums[1, c] += away * (_load(b[r, c]) - from_b[c])
+                totals[c] += total
+                products[c] += product
     return sums
 
 
