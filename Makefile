@@ -117,6 +117,8 @@ wheel: $(READY) ## build the wheel into dist/
 .PHONY: bench
 bench: $(READY) ## count and time the layer against torch.nn.BatchNorm2d on CPU
 	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.tiny
+	$(RUN) -m benchmarks.peers
 	$(RUN) -m benchmarks.layer
 
 .PHONY: bench-check

@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeat", type=positive, default=50, help="turns (default 50)")
+    parser.add_argument("--repeat", type=positive, default=15, help="turns (default 15)")
     parser.add_argument("--out", type=Path, default=OUT, help="(default benchmarks/out/peers.json)")
     args = parser.parse_args()
     here = [name for name in FRAMEWORKS if importlib.util.find_spec(name)]

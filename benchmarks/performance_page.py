@@ -125,6 +125,37 @@ On large tensors both layers pay, and the ratio nears 1. With memory kept it is 
 |---|---|---|---|--:|--:|--:|
 """
 
+_TINY = """
+### Where a tiny step spends its time
+
+```
+python -m benchmarks.tiny
+```
+
+Forward plus backward of {shape} in float32, in microseconds; medians of {steps} steps, on ranks of
+one thread, at commit {commit}. A collective includes the wait for the other rank. What is left is
+Python's: the module, the checks and autograd, of which BatchNorm2d has its share too.
+
+| part | {names} |
+|---|{columns}|
+"""
+
+_PEERS = """
+### Next to other frameworks
+
+```
+python -m benchmarks.peers
+```
+
+Forward plus backward of {shape} in float32 by one rank alone on one core, in milliseconds: medians
+and quartiles of {repeat} turns, at commit {commit}. On CPU this project's layer for MindSpore is
+there for tests: MindSpore's operators on float64 and on vectors that are broadcast are slow there.
+Flax's step is compiled. mint.nn.SyncBatchNorm and torch.nn.SyncBatchNorm do not run on CPU.
+
+| layer | ms |
+|---|--:|
+"""
+
 _STEP = """
 ### On CPU, counted
 
@@ -151,11 +182,11 @@ def main() -> None:
 
 def text() -> str:
     """The page."""
-    cost, before, in_mindspore, world, layer, step, step_before = (
+    cost, before, in_mindspore, world, layer, tiny, peers, step, step_before = (
         json.loads((KEPT / f"{name}.json").read_text())
         for name in (
             *("cost", "cost_before", "cost_mindspore", "world", "layer"),
-            *("step", "step_before"),
+            *("tiny", "peers", "step", "step_before"),
         )
     )
     shown = [record for record in cost["records"] if record["ranks"] == 2]
@@ -185,6 +216,14 @@ def text() -> str:
             _GROUPS,
             cpu,
             *map(_timed, layer["cases"]),
+            _parts(tiny),
+            _PEERS.format(
+                shape=tuple(peers["shape"]), repeat=peers["repeat"], commit=peers["commit"]
+            ),
+            *(
+                _row([name, f"{median:.1f} ({low:.1f} to {high:.1f})"])
+                for name, (low, median, high) in peers["ms"].items()
+            ),
             _STEP.format(
                 before=step_before["commit"],
                 now=step["commit"],
@@ -243,6 +282,29 @@ def _timed(case: dict[str, Any]) -> str:
         ]
         rows.append(_row([*names, backend, *cells, collectives]))
     return "".join(rows)
+
+
+def _parts(tiny: dict[str, Any]) -> str:
+    """The section of a tiny step: a row for each part, a column for each run."""
+    records = tiny["records"]
+    names = (f"{r['backend']}, {r['ranks']} rank{'s'[: r['ranks'] - 1]}" for r in records)
+    head = _TINY.format(
+        shape=tuple(tiny["shape"]),
+        steps=tiny["steps"],
+        commit=tiny["commit"],
+        names=" | ".join(names),
+        columns="|".join(["--:"] * len(records)),
+    )
+    rows = (
+        _row(
+            [
+                f"`{part}`" if "_" in part else part,
+                *(f"{r['us'].get(part, 0):.0f}" for r in records),
+            ]
+        )
+        for part in records[-1]["us"]
+    )
+    return head + "".join(rows)
 
 
 def _counted_on_cpu(record: dict[str, Any], when: str) -> str:
