@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import check, performance_page, world, world_plot
+from benchmarks import check, peers, performance_page, tiny, world, world_plot
 
 
 def test_the_page_is_made_of_the_kept_figures() -> None:
@@ -57,3 +57,18 @@ def test_a_slower_ratio_is_found(tmp_path: Path) -> None:
     (line,) = check.slower(kept, new)
     assert str(tuple(case["shape"])) in line
     assert "contiguous, composed: 9.00 to 9.50, was" in line
+
+
+def test_the_parts_of_a_tiny_step_are_all_of_it() -> None:
+    for record in tiny.measure(ranks=1, steps=3):
+        parts = dict(record["us"])
+        whole, plain = parts.pop("the step"), parts.pop("BatchNorm2d")
+        assert set(parts) >= {*tiny.BACKEND, *tiny.LAYOUT, "the rest"}
+        assert min(*parts.values(), plain) >= 0
+        assert max(parts.values()) < whole
+
+
+def test_peers_take_turns() -> None:
+    quartiles = peers.measure(["torch"], repeat=1)
+    assert len(quartiles) == 2 * 3  # layers in two layouts
+    assert all(0 < low <= median <= high for low, median, high in quartiles.values())
