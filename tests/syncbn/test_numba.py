@@ -104,6 +104,16 @@ def test_every_half_is_read_and_rounded_as_pytorch_does(dtype: Any, channels_las
     torch.testing.assert_close(y, near, rtol=0, atol=0, equal_nan=True)
 
 
+def test_strided_vectors_compile_nothing_new() -> None:
+    backend = load("numba")
+    x = torch.randn(4, 3, 10)
+    vectors = torch.randn(3, 4, dtype=torch.float64).unbind(1)
+    expected = backend.normalize(x, *(v.clone() for v in vectors))
+    signatures = list(backend._normalize.signatures)  # type: ignore[attr-defined]
+    assert torch.equal(backend.normalize(x, *vectors), expected)
+    assert backend._normalize.signatures == signatures  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("shape", [(64, 3, 2000), (400_000, 3, 1)])
 def test_threads_compute_what_one_does(shape: tuple[int, ...]) -> None:
     backend = load("numba")

@@ -107,7 +107,7 @@ def _sums(a: Tensor, b: Tensor, from_a: Any, from_b: Any) -> Any:
 
 
 def _vector(values: Tensor, dtype: torch.dtype = torch.float64) -> Any:
-    return _numpy(values.to(dtype))
+    return _numpy(values.to(dtype).contiguous())  # strided vectors would be another type for Numba
 
 
 def _in_parts(loop: Callable[..., Any], tensors: list[Tensor], vectors: list[Any]) -> list[Any]:
