@@ -86,6 +86,14 @@ have a mean of {mean:.0f} standard deviations: the largest error of all channels
 |--:|---|--:|--:|--:|--:|--:|
 """
 
+_RECORDED = """
+The same of recorded statistics: each rank has two handwritten digits (scikit-learn), and its shard
+is the input of the second normalization of a small network in a training step.
+
+| ranks | statistics | message, bytes | table, bytes | merge, ms | mean, in std | var, relative |
+|--:|---|--:|--:|--:|--:|--:|
+"""
+
 _GROUPS = """
 ![The same figures as curves](world.svg)
 
@@ -213,6 +221,8 @@ def text() -> str:
             *map(_counted_in_mindspore, in_mindspore["records"]),
             growing,
             *map(_merged, world["records"]),
+            _RECORDED,
+            *map(_merged, world["recorded"]),
             _GROUPS,
             cpu,
             *map(_timed, layer["cases"]),
