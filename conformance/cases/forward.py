@@ -39,6 +39,8 @@ def forward(ranks: int) -> Iterator[Draft]:
     yield draft("eps=0.1", even(ranks, 4, 3, 7), eps=0.1)
     for channels in (1, 64, 65, 257):
         yield draft(f"{channels} channels", even(ranks, 2, channels, 5), num_features=channels)
+    # A layer may send the statistics of so many channels in parts.
+    yield draft("4099 channels", even(ranks, 2, 4099, 2), num_features=4099)
 
 
 @cases_of("FWD-2")
