@@ -90,6 +90,19 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self._last = -_UNWIND_SECONDS
+        self._numbers = [
+            number
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN  # as nohup ignores SIGHUP
+        ]
+        for number in self._numbers:
+            signal.signal(number, self)
+
+    def end(self) -> None:
+        """After a first signal, ignore the rest: Python removes handlers before it has ended."""
+        if self._last >= 0:
+            for number in self._numbers:
+                signal.signal(number, signal.SIG_IGN)
 
     def __call__(self, *_: object) -> None:
         now = time.monotonic()
@@ -105,9 +118,6 @@ def main(arguments: list[str] | None = None) -> int:
     options.command_line = arguments
     # All unwind like Ctrl-C, so that a run which is ended leaves no rank behind.
     interrupt = _Interrupt()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
-            signal.signal(number, interrupt)
     try:
         status: int = options.command(options)
         with _whatever_the_reader_does():
@@ -122,6 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("syncbn-conformance: interrupted", file=sys.stderr)
         return 130
+    finally:
+        interrupt.end()
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -201,6 +201,19 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
     assert subprocess.run([*arguments, "--resume"], timeout=300).returncode == 0
 
 
+def test_signals_are_ignored_while_an_interrupted_command_ends() -> None:
+    code = """if True:
+        import os, signal
+        from syncbn.conformance import __main__ as cli
+        cli._list = lambda options: os.kill(os.getpid(), signal.SIGINT)
+        assert cli.main(["list"]) == 130
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            assert signal.getsignal(number) == signal.SIG_IGN
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("sent", ["SIGHUP", "SIGTERM", "SIGINT, again and again"])
 def test_a_signal_leaves_a_report_and_nothing_else(sent: str, tmp_path: Path) -> None:
     name, _, again = sent.partition(",")
