@@ -25,12 +25,13 @@ TWINLESS := skipped: the twin of our kernels is not compiled (make kernels compi
 
 .PHONY: conformance
 conformance: $(READY) ## judge our layers on RANKS (4) ranks, and compare with MindSpore's operator
-	$(JUDGE) --target syncbn.torch --profile full --oracle none
+	$(JUDGE) --target syncbn.torch --oracle none
 	@$(HAS_MINDSPORE) || echo "$(LEFT_OUT)"
 	@! $(HAS_MINDSPORE) || $(JUDGE) --target syncbn.mindspore
 
 .PHONY: conformance-more
-conformance-more: $(READY) ## judge the other backends, graph mode, and syncbn.torch with the oracle
+conformance-more: $(READY) ## profile full, the other backends, graph mode, and syncbn.torch with the oracle
+	$(JUDGE) --target syncbn.torch --profile full --oracle none --out reports/out/syncbn.torch-full
 	$(JUDGE) --target syncbn.torch --backend aten --oracle none --out reports/out/syncbn.torch-aten
 	@test -f $(TWIN) || echo "$(TWINLESS)"
 	@! test -f $(TWIN) || $(MAKE) --no-print-directory conformance-twin
@@ -43,8 +44,8 @@ conformance-twin: $(READY)
 
 .PHONY: conformance-mindspore
 conformance-mindspore: $(READY)
-	$(JUDGE) --target syncbn.torch --out reports/out/syncbn.torch-oracle
-	$(JUDGE) --target syncbn.mindspore --mode graph --profile smoke --oracle none \
+	$(JUDGE) --target syncbn.torch --profile smoke --out reports/out/syncbn.torch-oracle
+	$(JUDGE) --target syncbn.mindspore --mode graph --profile smoke --oracle none --ranks 2 \
 	  --out reports/out/syncbn.mindspore-graph
 
 # Each baseline has the name of the folder of its report.
@@ -117,8 +118,6 @@ wheel: $(READY) ## build the wheel into dist/
 .PHONY: bench
 bench: $(READY) ## count and time the layer against torch.nn.BatchNorm2d on CPU
 	$(RUN) -m benchmarks.step
-	$(RUN) -m benchmarks.tiny
-	$(RUN) -m benchmarks.peers
 	$(RUN) -m benchmarks.layer
 
 .PHONY: bench-check
