@@ -28,6 +28,7 @@ from typing import IO, Any
 from syncbn.launchers.handshake import Reception
 from syncbn.launchers.link import Link, WireError
 from syncbn.launchers.local import describe
+from syncbn.launchers.prctl import END_WITH_PARENT, control
 from syncbn.launchers.site import LOOP_BACK, Site, is_here, machine, versions
 
 _START_SECONDS = 120.0  # in which all keepers connect, and in which each imports a framework
@@ -158,6 +159,8 @@ class Node:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in a terminal reaches only the controller
+            # Before its keepers have started, nothing else notices the end of the controller.
+            preexec_fn=lambda: control(END_WITH_PARENT, signal.SIGTERM),
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `ended` has the reason

@@ -17,7 +17,6 @@ and the first message has the place of the rank.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -35,14 +34,13 @@ from typing import Any, Protocol
 
 from syncbn.launchers.handshake import connect
 from syncbn.launchers.link import Link, WireError
+from syncbn.launchers.prctl import ADOPT, END_WITH_PARENT, control
 from syncbn.launchers.site import machine, versions
 
 _KEPT = 1 << 16  # bytes of output that are kept of each rank
 _PIECE = 1 << 16
 _TICK_SECONDS = 0.2  # between looks for processes that have ended
 _GRACE_SECONDS = 2.0  # in which the keeper ends by itself after the controller
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 _OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -252,7 +250,7 @@ def _be_rank(request: dict[str, Any], place: Mapping[str, str], output: int) -> 
     """Become a rank, in a child process. Does not return."""
     status = 1
     try:
-        _control(_PR_SET_PDEATHSIG, signal.SIGKILL)  # at the end of the keeper
+        control(END_WITH_PARENT, signal.SIGKILL)  # at the end of the keeper
         os.setsid()  # Ctrl-C in a terminal reaches only the controller
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
@@ -330,7 +328,7 @@ def _fork_below_a_guard() -> int:
         return reading
     for of_child in (1, reading):
         os.close(of_child)
-    _control(_PR_SET_CHILD_SUBREAPER, 1)
+    control(ADOPT, 1)
     status = os.waitstatus_to_exitcode(_wait_for_the_keeper(child))
     _end_descendants()
     if status < 0:
@@ -362,12 +360,6 @@ def _wait_for_the_keeper(keeper: int) -> int:
     return os.waitpid(keeper, 0)[1]
 
 
-def _control(option: int, value: int) -> None:
-    """Set an option of this process, which only Linux has."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
-
-
 def _dial(address: str, *variables: str) -> tuple[_Connection, dict[str, str]]:
     """Connect to the controller. Returns the connection, and what a rank needs to connect as well.
 
@@ -396,7 +388,7 @@ def main(arguments: Sequence[str]) -> None:
         connection, environment = _dial(*arguments)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    _control(_PR_SET_CHILD_SUBREAPER, 1)
+    control(ADOPT, 1)
     keeper = Keeper(connection, environment, guard)
     try:
         ends = keeper.serve()

@@ -89,6 +89,17 @@ os.kill(launcher._keepers._nodes[1]._process.pid, signal.SIGKILL)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
+WAITS_FOR_A_NODE = """
+import sys
+from syncbn.launchers import LAUNCHERS
+from syncbn.launchers.site import LOOP_BACK, Site
+mark, value = sys.argv[1:]
+launcher = LAUNCHERS["torchrun"](Site(2, (LOOP_BACK, LOOP_BACK)))
+commands = launcher.commands
+launcher.commands = lambda *given: [commands(*given)[0], (LOOP_BACK, ["sleep", "1000"])]
+launcher.start(["sleep", "1000"], 2, {mark: value})
+"""
+
 JUDGE = """
 import sys
 from syncbn.conformance import runner, targets
@@ -396,6 +407,18 @@ def test_a_torchrun_does_not_wait_for_a_lost_node_when_the_controller_is_killed(
     command = [sys.executable, "-c", LOSES_A_NODE, MARK, mark]
     assert subprocess.Popen(command, cwd=ROOT).wait(120) == -signal.SIGKILL
     wait_until(lambda: processes(mark) == [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_torchrun_that_waits_for_a_node_ends_with_a_controller_that_is_killed() -> None:
+    """It has no keepers yet, which would notice."""
+    mark = "waits for a node"
+    controller = subprocess.Popen([sys.executable, "-c", WAITS_FOR_A_NODE, MARK, mark], cwd=ROOT)
+    wait_until(lambda: processes(mark) != [])
+    time.sleep(5.0)  # it imports PyTorch
+    controller.kill()
+    controller.wait()
+    wait_until(lambda: processes(mark) == [], 30.0)
 
 
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
