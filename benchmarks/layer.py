@@ -117,24 +117,32 @@ def time_collectives(channels: int, repeat: int) -> Samples:
     )
 
 
-def run_rank(
-    rank: int,
-    ranks: int,
-    cases: list[tuple[Shape, str]],
-    repeat: int,
-    backends: Sequence[str],
-    folder: Path,
-) -> None:
-    """One rank, a process of its own; it leaves the samples of every case in the folder."""
-    torch.set_num_threads(1)
-    meeting_point = (folder / "ranks").as_uri()
-    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=ranks)
-    samples = [
+def time_cases(
+    cases: list[tuple[Shape, str]], repeat: int, backends: Sequence[str]
+) -> list[dict[str, Samples]]:
+    """The samples of every case on this rank."""
+    return [
         {layout: time_steps(shape, dtype, layout, repeat, backends) for layout in LAYOUTS}
         | {"collectives": time_collectives(shape[1], repeat)}
         for shape, dtype in cases
     ]
-    (folder / str(rank)).write_text(json.dumps(samples))
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What the function returns on each rank, as JSON; a rank is a process of one thread."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spawn(_run_rank, (ranks, folder, function, arguments), nprocs=ranks)
+        return [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
+
+
+def _run_rank(
+    rank: int, ranks: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    meeting_point = (folder / "ranks").as_uri()
+    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=ranks)
+    (folder / str(rank)).write_text(json.dumps(function(*arguments)))
     dist.destroy_process_group()
 
 
@@ -146,10 +154,8 @@ def measure(
     memory: str,
 ) -> list[dict[str, Any]]:
     """Start the ranks; one record per case, as it stands in the JSON file."""
-    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, MEMORY[memory]):
-        folder = Path(name)
-        spawn(run_rank, (ranks, cases, repeat, backends, folder), nprocs=ranks)
-        by_rank = [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
+    with patch.dict(os.environ, MEMORY[memory]):
+        by_rank = on_ranks(ranks, time_cases, cases, repeat, backends)
     return [
         {"shape": shape, "dtype": dtype, "memory": memory}
         | {key: summary([one[key] for one in of_ranks]) for key in of_ranks[0]}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,9 +25,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 
-from benchmarks.layer import BACKENDS, TINY, WARM_UP, commit, environment, positive
+from benchmarks.layer import BACKENDS, TINY, WARM_UP, commit, environment, on_ranks, positive
 from syncbn.torch import SyncBatchNorm, layout
 from syncbn.torch.backends import load
 from syncbn.torch.groups import Communicator
@@ -81,24 +79,16 @@ def time_parts(layer: nn.Module, backend: str, steps: int) -> dict[str, float]:
     return {name: 1e6 * median(times[WARM_UP:]) for name, times in samples.items()}
 
 
-def run_rank(rank: int, ranks: int, steps: int, folder: Path) -> None:
-    """One rank, a process of its own; it leaves its medians in the folder."""
-    torch.set_num_threads(1)
-    meeting_point = (folder / "ranks").as_uri()
-    dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=ranks)
-    medians = {
+def time_backends(steps: int) -> dict[str, dict[str, float]]:
+    """The medians of each backend on this rank."""
+    return {
         name: time_parts(SyncBatchNorm(TINY[1], backend=name), name, steps) for name in BACKENDS
     }
-    (folder / str(rank)).write_text(json.dumps(medians))
-    dist.destroy_process_group()
 
 
 def measure(ranks: int, steps: int) -> list[dict[str, Any]]:
     """One record per backend: the parts in microseconds, those of the slowest rank."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        spawn(run_rank, (ranks, steps, folder), nprocs=ranks)
-        by_rank = [json.loads((folder / str(rank)).read_text()) for rank in range(ranks)]
+    by_rank = on_ranks(ranks, time_backends, steps)
     return [
         {"ranks": ranks, "backend": backend}
         | {"us": {part: max(of[backend][part] for of in by_rank) for part in by_rank[0][backend]}}

@@ -204,6 +204,8 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(
 def test_signals_are_ignored_while_an_interrupted_command_ends() -> None:
     code = """if True:
         import os, signal
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)  # some may be ignored where tests run
         from syncbn.conformance import __main__ as cli
         cli._list = lambda options: os.kill(os.getpid(), signal.SIGINT)
         assert cli.main(["list"]) == 130
